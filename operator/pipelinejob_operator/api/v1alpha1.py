@@ -1,0 +1,329 @@
+"""The API ``pipelinejob.dev/v1alpha1``: these models are its single source.
+
+``crd.py`` turns them into ``crds/``; the descriptions are what ``kubectl explain`` prints. Rules that CEL can say are
+here; what it cannot say is checked by ``policy/acceptance.py`` and becomes the condition ``Accepted=False``.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from pipelinejob_worker.protocol import Checkpoint, Env, Model, Train
+from pipelinejob_worker.protocol.base import Wire
+from pipelinejob_worker.protocol.job import cel
+
+GROUP = "pipelinejob.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "PipelineJob"
+PLURAL = "pipelinejobs"
+SHORT_NAME = "pj"
+
+MAX_STAGES = 512
+MAX_NAME = 40
+"""Pod names add stage and attempt to it, and must stay DNS labels."""
+
+RESERVED_ENV = sorted(Env)
+"""Environment names that the operator sets, so a template may not."""
+
+_IMMUTABLE = ("mode", "model", "train", "template", "gpu", "placement", "network")
+
+LabelKey = Annotated[str, Field(min_length=1, max_length=316)]
+
+
+def _immutable(field: str) -> tuple[str, str]:
+    return (
+        f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})",
+        f"'spec.{field}: cannot change after creation; delete the job and create it anew'",
+    )
+
+
+class EnvVar(Wire):
+    """An environment variable of a container; all other members are kept as they are."""
+
+    model_config = ConfigDict(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
+
+    name: str = Field(max_length=256)
+
+
+class Container(Wire):
+    """A container of the template; members not named here are kept as they are."""
+
+    model_config = ConfigDict(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
+
+    name: str = Field(max_length=63)
+    env: list[EnvVar] = Field([], max_length=128, json_schema_extra={"x-kubernetes-list-type": "atomic"})
+
+
+class PodSpec(Wire):
+    """The pod spec of the template; members not named here are kept as they are."""
+
+    model_config = ConfigDict(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
+
+    containers: list[Container] = Field([], max_length=16, json_schema_extra={"x-kubernetes-list-type": "atomic"})
+
+
+class Template(Wire):
+    """A PodTemplateSpec."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "x-kubernetes-preserve-unknown-fields": True,
+            **cel(
+                (
+                    "!has(self.spec) || !has(self.spec.containers) || self.spec.containers.all(c, !has(c.env) || "
+                    f"c.env.all(e, !(e.name in {[str(name) for name in RESERVED_ENV]!r})))",
+                    "'spec.template: environment name %s is set by the operator; allowed: any name but %s'.format(["
+                    "self.spec.containers.map(c, has(c.env) ? c.env.map(e, e.name) : []).map(names, names.filter(n, "
+                    f"n in {[str(name) for name in RESERVED_ENV]!r})).filter(names, size(names) > 0)[0][0], "
+                    f"'{', '.join(RESERVED_ENV)}'])",
+                )
+            ),
+        }
+    )
+
+    spec: PodSpec | None = Field(None, description="Pod spec; the container named worker is the stage.")
+
+
+class Gpu(Wire):
+    """The accelerator of each stage."""
+
+    resource_name: str = Field(
+        "nvidia.com/gpu", min_length=1, max_length=316, description="Extended resource that a stage asks for."
+    )
+    count: int = Field(1, ge=0, le=16, description="How many of it a stage asks for; 0 asks for none.")
+
+
+class Placement(Wire):
+    """Where the stages run."""
+
+    topology_levels: list[LabelKey] = Field(
+        [],
+        max_length=8,
+        description="Node labels from the widest domain to the narrowest, for instance zone, rack, host. Neighbouring "
+        "stages prefer to share the narrowest. Empty: the chart's default.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+
+
+class NcclVariable(Wire):
+    """A variable of NCCL."""
+
+    name: str = Field(pattern=r"^NCCL_[A-Z0-9_]+$", max_length=128, description="Name, for instance NCCL_DEBUG.")
+    value: str = Field(max_length=1024, description="Value.")
+
+
+class Network(Wire):
+    """How the stages talk."""
+
+    network_policy: Literal["Enabled", "Disabled"] = Field(
+        "Enabled",
+        description="Enabled: a NetworkPolicy admits only the job's own pods and the operator's status reads, and "
+        "lets the stages reach each other and DNS.",
+    )
+    interface: str = Field(
+        "",
+        max_length=64,
+        description="Network interface of the stages' traffic, for NCCL and gloo. Empty: chosen by them.",
+    )
+    nccl: list[NcclVariable] = Field(
+        [],
+        max_length=64,
+        description="Variables of NCCL.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+    )
+
+
+class Recovery(Wire):
+    """What happens when a stage fails."""
+
+    max_restarts: int = Field(
+        10, ge=0, le=100000, description="Restarts allowed within windowSeconds; one more failure ends the job."
+    )
+    window_seconds: int = Field(3600, ge=1, le=31536000, description="Length of the window in which restarts count.")
+
+
+class Spec(Wire):
+    """What the user wants."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                "self.train.schedule.name != '1F1B' || self.train.microbatches >= self.stages",
+                "'spec.train.microbatches: %d is too few for schedule 1F1B on %d stages; allowed: %d or more, or "
+                "schedule GPipe'.format([self.train.microbatches, self.stages, self.stages])",
+            ),
+            *(_immutable(field) for field in _IMMUTABLE),
+        )
+    )
+
+    mode: Literal["Train"] = Field("Train", description="What the pipeline does.")
+    stages: int = Field(ge=1, le=MAX_STAGES, description="Number of pipeline stages, one pod each.")
+    model: Model = Field(description="The model, from exactly one source.")
+    train: Train = Field(description="How to train.")
+    template: Template | None = Field(
+        None,
+        description="PodTemplateSpec of the stage pods. The container named worker is the stage: its image, resources "
+        "and mounts may be set; with a command of its own it runs that instead of our worker. All else is yours.",
+    )
+    gpu: Gpu = Field(default_factory=Gpu, description="The accelerator of each stage.")
+    placement: Placement = Field(default_factory=Placement, description="Where the stages run.")
+    network: Network = Field(default_factory=Network, description="How the stages talk.")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Where and how often the state is saved.")
+    recovery: Recovery = Field(default_factory=Recovery, description="What happens when a stage fails.")
+    suspend: bool = Field(
+        False, description="True: the stages finish their step, save a checkpoint where a volume is set, and leave."
+    )
+    active_deadline_seconds: int | None = Field(
+        None, ge=1, le=315360000, description="The job fails when it has been active for longer; suspended time excluded."
+    )
+    ttl_seconds_after_finished: int | None = Field(
+        None, ge=0, le=315360000, description="The job is deleted this long after it has finished."
+    )
+    pod_cleanup_policy: Literal["Running", "All", "None"] = Field(
+        "Running",
+        description="Which pods are deleted when the job has finished: those still running, all, or none.",
+    )
+
+
+class Condition(Wire):
+    """One observation, as the Kubernetes API conventions define it."""
+
+    type: str = Field(max_length=316, pattern=r"^[A-Z][A-Za-z]*$")
+    status: Literal["True", "False", "Unknown"]
+    observed_generation: int = Field(0, ge=0)
+    last_transition_time: str = Field(json_schema_extra={"format": "date-time"})
+    reason: str = Field(min_length=1, max_length=1024, pattern=r"^[A-Za-z][A-Za-z0-9_]*$")
+    message: str = Field("", max_length=32768)
+
+
+class StageStatus(Wire):
+    """One stage."""
+
+    index: int = Field(description="Stage, from 0 at the input to the last at the loss.")
+    pod: str = Field("", description="Name of its pod.")
+    node: str = Field("", description="Node of its pod.")
+    state: str = Field("", description="Pending, Starting, Running, Succeeded or Failed.")
+    layers: str = Field("", description="First and last global layer that it holds, for instance 0-2.")
+    restarts: int = Field(0, description="How many pods of this stage have failed.")
+    busy_percent: int | None = Field(None, description="Share of the step in which it computes.")
+
+
+class ProgressStatus(Wire):
+    """How far the job is."""
+
+    step: int = Field(0, description="Last finished step.")
+    total_steps: int = Field(0, description="Steps of the whole job.")
+    percent: int = Field(0, description="step of totalSteps.")
+    loss: str = Field("", description="Loss of the last finished step.")
+    tokens_per_second: int | None = Field(None, description="Tokens trained in a second, over all stages.")
+    bubble_percent: int | None = Field(None, description="Measured idle share of the stages.")
+    bubble_limit_percent: int | None = Field(None, description="What the schedule allows at best with equal stages.")
+    remaining_seconds: int | None = Field(None, description="Estimated time to the last step.")
+    last_checkpoint_step: int = Field(0, description="Step of the newest complete checkpoint.")
+
+
+class FirstFailure(Wire):
+    """The failure that came first in the last attempt that failed: the cause, not its victims."""
+
+    stage: int
+    node: str = ""
+    pod: str = ""
+    exit_code: int = 0
+    reason: str = ""
+    message: str = ""
+    log_tail: list[Annotated[str, Field(max_length=1024)]] = Field(
+        [],
+        max_length=32,
+        description="Last lines that it logged.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+
+
+class Summary(Wire):
+    """Ready-made strings for kubectl's columns; no controller reads them."""
+
+    state: str = ""
+    stages: str = ""
+    step: str = ""
+    progress: str = ""
+    loss: str = ""
+    tokens_per_second: str = ""
+    bubble: str = ""
+
+
+class Status(Wire):
+    """What is observed."""
+
+    observed_generation: int = Field(0, description="Generation of the spec that this status answers.")
+    conditions: list[Condition] = Field(
+        [],
+        max_length=16,
+        description="Accepted, Placed, Running, Suspended and Succeeded.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    )
+    summary: Summary = Field(default_factory=Summary, description="Strings for kubectl's columns.")
+    stages: list[StageStatus] = Field(
+        [],
+        max_length=MAX_STAGES,
+        description="One entry a stage.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["index"]},
+    )
+    ready_stages: int = Field(0, description="Stages whose pod is ready.")
+    selector: str = Field("", description="Label selector of the stage pods, for the scale subresource.")
+    progress: ProgressStatus = Field(default_factory=ProgressStatus, description="How far the job is.")
+    attempt: int = Field(0, description="Number of the present gang of pods, from 0; part of the pods' names.")
+    restarts: int = Field(0, description="Restarts of the gang because of failures, over the job's life.")
+    restart_times: list[Annotated[str, Field(json_schema_extra={"format": "date-time"})]] = Field(
+        [],
+        max_length=1000,
+        description="When the restarts within recovery.windowSeconds happened.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    first_failure: FirstFailure | None = Field(None, description="What failed first, last time.")
+    start_time: str | None = Field(
+        None,
+        description="When the job was last started or resumed.",
+        json_schema_extra={"format": "date-time"},
+    )
+    completion_time: str | None = Field(
+        None, description="When the job finished.", json_schema_extra={"format": "date-time"}
+    )
+
+
+class PipelineJob(Wire):
+    """A pipeline-parallel job: the operator cuts the model into stages and runs one pod a stage."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                f"size(self.metadata.name) <= {MAX_NAME} && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+                f"'metadata.name: %s cannot name the pods; allowed: at most {MAX_NAME} characters of a-z, 0-9 and -, a "
+                "letter first'.format([self.metadata.name])",
+            )
+        )
+    )
+
+    api_version: Literal["pipelinejob.dev/v1alpha1"] = API_VERSION  # type: ignore[assignment]
+    kind: Literal["PipelineJob"] = KIND  # type: ignore[assignment]
+    metadata: dict[str, Any]
+    spec: Spec
+    status: Status = Field(default_factory=Status)
+
+
+PRINTER_COLUMNS: tuple[tuple[str, str, str, int], ...] = (
+    # name, JSON path, type, priority (1: only with -o wide)
+    ("Mode", ".spec.mode", "string", 0),
+    ("Stages", ".status.summary.stages", "string", 0),
+    ("State", ".status.summary.state", "string", 0),
+    ("Step", ".status.summary.step", "string", 0),
+    ("Progress", ".status.summary.progress", "string", 0),
+    ("Loss", ".status.summary.loss", "string", 0),
+    ("Tokens/s", ".status.summary.tokensPerSecond", "string", 0),
+    ("Bubble", ".status.summary.bubble", "string", 0),
+    ("Restarts", ".status.restarts", "integer", 0),
+    ("Age", ".metadata.creationTimestamp", "date", 0),
+    ("Checkpoint", ".status.progress.lastCheckpointStep", "integer", 1),
+    ("Schedule", ".spec.train.schedule.name", "string", 1),
+    ("Reason", ".status.conditions[?(@.type==\"Running\")].reason", "string", 1),
+)

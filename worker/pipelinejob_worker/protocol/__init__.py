@@ -1,0 +1,68 @@
+"""All that operator and worker agree on. Imports only pydantic; both sides import it, and nothing else of each other."""
+
+from pipelinejob_worker.protocol.environment import (
+    CHECKPOINT_DIRECTORY,
+    CONFIG_FILE,
+    MEMBERSHIP_FILE,
+    POD_INFO_DIRECTORY,
+    PROTOCOL_VERSION,
+    RENDEZVOUS_PORT,
+    SCRATCH_DIRECTORY,
+    STATUS_PORT,
+    SUPPORTED_VERSIONS,
+    TERMINATION_LOG,
+    WORKER_CONTAINER,
+    Env,
+    ExitCode,
+)
+from pipelinejob_worker.protocol.job import (
+    Checkpoint,
+    Data,
+    Model,
+    Optimizer,
+    Preset,
+    Schedule,
+    Train,
+    WorkerConfig,
+)
+from pipelinejob_worker.protocol.membership import MEMBERSHIP_LIMIT_BYTES, Membership
+from pipelinejob_worker.protocol.status import (
+    TERMINATION_LIMIT_BYTES,
+    AgentState,
+    AgentStatus,
+    Progress,
+    StageTiming,
+    Termination,
+)
+
+__all__ = [
+    "CHECKPOINT_DIRECTORY",
+    "CONFIG_FILE",
+    "MEMBERSHIP_FILE",
+    "MEMBERSHIP_LIMIT_BYTES",
+    "POD_INFO_DIRECTORY",
+    "PROTOCOL_VERSION",
+    "RENDEZVOUS_PORT",
+    "SCRATCH_DIRECTORY",
+    "STATUS_PORT",
+    "SUPPORTED_VERSIONS",
+    "TERMINATION_LIMIT_BYTES",
+    "TERMINATION_LOG",
+    "WORKER_CONTAINER",
+    "AgentState",
+    "AgentStatus",
+    "Checkpoint",
+    "Data",
+    "Env",
+    "ExitCode",
+    "Membership",
+    "Model",
+    "Optimizer",
+    "Preset",
+    "Progress",
+    "Schedule",
+    "StageTiming",
+    "Termination",
+    "Train",
+    "WorkerConfig",
+]

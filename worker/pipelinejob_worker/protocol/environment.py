@@ -1,0 +1,67 @@
+"""Names, paths, ports and exit codes that operator and worker share."""
+
+from enum import IntEnum, StrEnum
+
+PROTOCOL_VERSION = 1
+"""Version that this release writes. The operator also speaks the one before (see ``SUPPORTED_VERSIONS``)."""
+
+SUPPORTED_VERSIONS = frozenset({PROTOCOL_VERSION - 1, PROTOCOL_VERSION} - {0})
+
+WORKER_CONTAINER = "worker"
+"""Name of the container in ``spec.template`` that belongs to us."""
+
+STATUS_PORT = 8471
+"""TCP port on which each agent serves ``/status``, ``/metrics`` and ``/healthz``."""
+
+RENDEZVOUS_PORT = 29500
+"""TCP port of the rendezvous store, on the pod of stage 0."""
+
+POD_INFO_DIRECTORY = "/etc/pipelinejob"
+"""Where the downward-API volume is mounted."""
+
+MEMBERSHIP_FILE = "membership"
+"""Name under ``POD_INFO_DIRECTORY`` that holds a ``Membership`` as JSON; empty until the operator writes it."""
+
+CONFIG_FILE = "config"
+"""Name under ``POD_INFO_DIRECTORY`` that holds a ``WorkerConfig`` as JSON."""
+
+CHECKPOINT_DIRECTORY = "/checkpoint"
+"""Where the claim of ``spec.checkpoint.volumeClaimName`` is mounted."""
+
+SCRATCH_DIRECTORY = "/tmp"  # noqa: S108 - an emptyDir of the pod's own; the root file system is read-only
+TERMINATION_LOG = "/dev/termination-log"
+
+
+class Env(StrEnum):
+    """Environment variables that the operator sets in every stage pod."""
+
+    RANK = "RANK"
+    WORLD_SIZE = "WORLD_SIZE"
+    LOCAL_RANK = "LOCAL_RANK"
+    MASTER_ADDR = "MASTER_ADDR"
+    MASTER_PORT = "MASTER_PORT"
+    PIPELINE_STAGE = "PIPELINE_STAGE"
+    PIPELINE_STAGES = "PIPELINE_STAGES"
+    THREADS = "OMP_NUM_THREADS"
+    JOB = "PIPELINEJOB_NAME"
+    JOB_UID = "PIPELINEJOB_UID"
+    ATTEMPT = "PIPELINEJOB_ATTEMPT"
+    POD_IP = "PIPELINEJOB_POD_IP"
+    NODE = "PIPELINEJOB_NODE"
+
+
+class ExitCode(IntEnum):
+    """Exit codes of an agent. Anything that is not listed here is the worker process's own failure."""
+
+    SUCCEEDED = 0
+    CONFIGURATION = 64
+    """Trying again cannot help: the model, the data or the volume does not fit the job. Final."""
+    PEER_LOST = 75
+    """This stage is well; a link to another stage broke. Never the first cause of a failure."""
+    DRAINED = 79
+    """Asked to leave; all stages stopped at the same step boundary, checkpointed where a volume is set."""
+
+    @property
+    def final(self) -> bool:
+        """Whether a restart is pointless."""
+        return self in (ExitCode.SUCCEEDED, ExitCode.CONFIGURATION)

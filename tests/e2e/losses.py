@@ -1,0 +1,22 @@
+"""The losses that every run of a job must have: those of one process that trains without a pipeline."""
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pipelinejob_worker.protocol import WorkerConfig
+
+from tests.e2e import kit
+from tests.e2e.conftest import TEXT
+from tests.unit.worker.reference import reference_losses
+
+
+@cache
+def undisturbed(steps: int) -> tuple[float, ...]:
+    """Losses of ``kit.spec(steps=steps)``, computed in this process, once."""
+    spec = kit.spec(steps=steps)
+    with TemporaryDirectory() as directory:
+        Path(directory, "text.txt").write_bytes(TEXT)
+        spec["train"]["data"]["files"] = [f"{directory}/*.txt"]
+        config = WorkerConfig.model_validate({"job": "reference", "jobUid": "reference", **spec})
+        return tuple(reference_losses(config, steps))

@@ -1,0 +1,126 @@
+"""A job trains, and its losses are those of one process, bit by bit, whatever happens to it."""
+
+from tests.e2e import kit
+from tests.e2e.conftest import install
+from tests.e2e.losses import undisturbed
+
+CHECKPOINT = {"volumeClaimName": "state", "everySteps": 10, "keep": 2}
+
+
+def job(namespace: kit.Namespace, steps: int, stages: int = 2, **members: object) -> kit.Job:
+    namespace.claim("state")
+    return kit.Job(namespace, "train", kit.spec(stages, steps, checkpoint=CHECKPOINT, **members)).create()
+
+
+def uids(job: kit.Job) -> dict[str, tuple[str, int]]:
+    """UID and container restarts of each pod."""
+    return {
+        pod["metadata"]["name"]: (
+            pod["metadata"]["uid"],
+            sum(c["restartCount"] for c in pod["status"].get("containerStatuses", [])),
+        )
+        for pod in job.pods()
+    }
+
+
+def test_four_stages_have_the_losses_of_one_process(namespace: kit.Namespace) -> None:
+    run = job(namespace, steps=150, stages=4)
+    run.wait("Accepted")
+    run.wait("Placed")
+    run.wait("Running")
+    assert run.condition("Succeeded")["status"] == "Unknown"
+    run.wait_succeeded()
+
+    losses = run.losses("state")
+    assert tuple(losses) == undisturbed(150)
+    assert losses[-1] < 0.7 * losses[0]
+
+    status = run.status
+    assert status["summary"] | {"loss": "", "tokensPerSecond": "", "bubble": ""} == {
+        "state": "Succeeded",
+        "stages": "0/4",
+        "step": "150/150",
+        "progress": "100%",
+        "loss": "",
+        "tokensPerSecond": "",
+        "bubble": "",
+    }
+    assert status["progress"]["bubbleLimitPercent"] == 43  # (p-1)/(m+p-1) with p = 4 and m = 4
+    assert status["progress"]["lastCheckpointStep"] == 150
+    assert status["restarts"] == 0
+    assert [stage["index"] for stage in status["stages"]] == [0, 1, 2, 3]
+    assert all(stage["node"] and stage["layers"] for stage in status["stages"])
+    assert {"Accepted", "Placed", "Running", "Succeeded"} <= set(run.events())
+
+
+def test_gpipe_has_the_same_losses(namespace: kit.Namespace) -> None:
+    namespace.claim("state")
+    spec = kit.spec(2, 20, checkpoint=CHECKPOINT)
+    spec["train"]["schedule"] = {"name": "GPipe"}
+    run = kit.Job(namespace, "gpipe", spec).create()
+    run.wait_succeeded()
+    assert tuple(run.losses("state")) == undisturbed(20)
+
+
+def test_a_killed_pod_costs_a_restart_and_no_bit(namespace: kit.Namespace) -> None:
+    run = job(namespace, steps=400)
+    run.wait_step(30)
+    kit.kubectl("delete", "pod", "train-s1-a0", "-n", namespace.name, "--grace-period=0", "--force")
+    run.wait_succeeded()
+    assert run.status["restarts"] == 1
+    assert run.status["firstFailure"]["stage"] == 1
+    assert {pod["metadata"]["name"] for pod in run.pods()} == {"train-s0-a1", "train-s1-a1"}
+    assert tuple(run.losses("state")) == undisturbed(400)
+
+
+def test_a_killed_operator_changes_nothing(namespace: kit.Namespace) -> None:
+    run = job(namespace, steps=400)
+    run.wait_step(20)
+    before = uids(run)
+    where = ("-n", kit.OPERATOR_NAMESPACE, "-l", "app.kubernetes.io/component=operator")
+    kit.kubectl("delete", "pods", *where, "--grace-period=0", "--force")
+    run.wait_succeeded()
+    assert uids(run) == before
+    assert run.status["restarts"] == 0
+    assert tuple(run.losses("state")) == undisturbed(400)
+
+
+def test_suspend_and_resume_on_more_stages_lose_nothing(namespace: kit.Namespace) -> None:
+    run = job(namespace, steps=400)
+    run.wait_step(15)
+    run.patch(suspend=True)
+    run.wait("Suspended")
+    assert run.pods() == []
+    assert run.status["progress"]["lastCheckpointStep"] >= 15, "the stages leave a checkpoint of their last step"
+
+    run.patch(suspend=False, stages=3)
+    run.wait_succeeded()
+    assert run.status["restarts"] == 0, "a wish of the user is not a failure"
+    assert tuple(run.losses("state")) == undisturbed(400)
+
+
+def test_deletion_leaves_no_object(namespace: kit.Namespace) -> None:
+    run = job(namespace, steps=100_000)
+    run.wait("Running")
+    run.delete()
+    for kind in ("pods", "services", "networkpolicies"):
+        kit.wait_for(
+            f"no {kind} of the job are left",
+            lambda kind=kind: not namespace.list(kind, "pipelinejob.dev/job=train"),
+            seconds=60,
+            dump=lambda kind=kind: kit.kubectl("get", kind, "-n", namespace.name, "-o", "yaml"),
+        )
+
+
+def test_an_upgrade_of_the_operator_leaves_the_stages_alone(namespace: kit.Namespace) -> None:
+    run = job(namespace, steps=600)
+    run.wait_step(10)
+    before = uids(run)
+    install("operator.logLevel=debug")
+    seen = run.step
+    run.wait_step(seen + 20)
+    assert uids(run) == before, "the new operator reads the old pods' status and touches none of them"
+    run.wait_succeeded()
+    assert uids(run) == before
+    assert run.status["restarts"] == 0
+    install()

@@ -232,6 +232,7 @@ class FirstFailure(Wire):
     exit_code: int = 0
     reason: str = ""
     message: str = ""
+    step: int = Field(0, description="Last finished step when it failed.")
     log_tail: list[Annotated[str, Field(max_length=1024)]] = Field(
         [],
         max_length=32,
@@ -279,6 +280,9 @@ class Status(Wire):
         max_length=1000,
         description="When the restarts within recovery.windowSeconds happened.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
+    consecutive_restarts: int = Field(
+        0, description="Restarts in a row without a step past the failure before; the back-off grows with it."
     )
     first_failure: FirstFailure | None = Field(None, description="What failed first, last time.")
     start_time: str | None = Field(

@@ -1,0 +1,90 @@
+"""The programs of the cluster, built from the Go modules that ``tools/go.mod`` pins."""
+
+import shutil
+from pathlib import Path
+
+from tests.cluster import cache, commands, progress, settings
+from tests.cluster.errors import ClusterError
+
+TOOLS = Path(__file__).parent / "tools"
+STRIP = "-s -w"
+_VERSION = "k8s.io/component-base/version"
+_MAJOR, _MINOR, _ = settings.KUBERNETES_VERSION.split(".")
+KUBERNETES_FLAGS = (
+    f"{STRIP} -X {_VERSION}.gitVersion=v{settings.KUBERNETES_VERSION}"
+    f" -X {_VERSION}.gitMajor={_MAJOR} -X {_VERSION}.gitMinor={_MINOR}"
+)
+KUBERNETES = tuple(
+    f"k8s.io/kubernetes/cmd/{name}"
+    for name in (
+        "kube-apiserver",
+        "kubectl",
+        "kube-controller-manager",
+        "kube-scheduler",
+        "kubelet",
+        "kube-proxy",
+    )
+)
+ETCD = "go.etcd.io/etcd/server/v3"
+OTHERS = (
+    "github.com/coredns/coredns",
+    "helm.sh/helm/v4/cmd/helm",
+)
+CNI_PLUGINS = tuple(
+    f"github.com/containernetworking/plugins/plugins/{name}"
+    for name in ("ipam/host-local", "main/bridge", "main/loopback", "meta/portmap")
+)
+KWOK = "sigs.k8s.io/kwok/cmd/kwok"
+
+
+def go_build(module: Path, target: Path, flags: str, *packages: str, log: Path) -> None:
+    """Build the main packages of a module, without cgo, into the directory ``target``."""
+    if shutil.which("go") is None:
+        raise ClusterError("go: no such program; install Go 1.26 or newer and put it on the PATH")
+    commands.run(
+        *("go", "build", "-trimpath", "-ldflags", flags, "-o", f"{target}/", *packages),
+        directory=module,
+        environment={"CGO_ENABLED": "0"},
+        log=log,
+    )
+
+
+def _build(target: Path) -> None:
+    log = settings.CACHE / "log" / "binaries.log"
+    log.unlink(missing_ok=True)
+    with progress.step("building etcd", key="etcd", usual="about 1 min"):
+        go_build(TOOLS, target, KUBERNETES_FLAGS, ETCD, log=log)
+        (target / "server").rename(target / "etcd")
+    with progress.step(
+        f"building Kubernetes {settings.KUBERNETES_VERSION}",
+        key="kubernetes",
+        usual="about 12 min on 2 cores",
+    ):
+        go_build(TOOLS, target, KUBERNETES_FLAGS, *KUBERNETES, log=log)
+    with progress.step(
+        "building CoreDNS, helm and the CNI plugins", key="tools", usual="about 2 min on 2 cores"
+    ):
+        go_build(TOOLS, target, STRIP, *OTHERS, log=log)
+        go_build(TOOLS, target / "cni", STRIP, *CNI_PLUGINS, log=log)
+
+
+def ensure() -> Path:
+    """Return the directory of kube-apiserver, kubectl, etcd, helm and the rest, building it if need be.
+
+    The CNI plugins are in its subdirectory ``cni``.
+    """
+    recipe = repr((KUBERNETES_FLAGS, KUBERNETES, ETCD, OTHERS, CNI_PLUGINS))
+    return cache.ensure("binaries", cache.digest(TOOLS / "go.mod", TOOLS / "go.sum", recipe), _build)
+
+
+def ensure_kwok() -> Path:
+    """Return the directory that holds kwok, which simulates nodes, building it if need be."""
+    module = TOOLS / "kwok"
+
+    def build(target: Path) -> None:
+        log = settings.CACHE / "log" / "kwok.log"
+        log.unlink(missing_ok=True)
+        with progress.step("building kwok", key="kwok", usual="about 3 min on 2 cores"):
+            go_build(module, target, STRIP, KWOK, log=log)
+
+    return cache.ensure("kwok", cache.digest(module / "go.mod", module / "go.sum", STRIP, KWOK), build)

@@ -35,9 +35,10 @@ def running(pid: int) -> bool:
     """Say whether a process exists and has not ended. One of our own children that has ended is reaped."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        threads = len(os.listdir(f"/proc/{pid}/task"))
     except (FileNotFoundError, ProcessLookupError):
         return False
-    if state not in "ZX":
+    if state not in "ZX" or threads > 1:  # the first thread may end before the others
         return True
     with suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)

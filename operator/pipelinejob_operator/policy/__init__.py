@@ -1,0 +1,1 @@
+"""The rules: each file answers one question about a job, purely."""

@@ -1,0 +1,1 @@
+"""The only rooms that talk to the cluster: client, watch, cache, queue, leader."""

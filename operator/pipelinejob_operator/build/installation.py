@@ -1,0 +1,17 @@
+"""What an installation of the operator decides for all jobs."""
+
+from dataclasses import dataclass
+
+OPERATOR_POD_LABELS = {"app.kubernetes.io/name": "pipelinejob-operator"}
+"""Labels of the operator's own pods: a job's NetworkPolicy lets them read the stages' status."""
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Values of the chart that reach the stage pods."""
+
+    worker_image: str
+    worker_image_pull_policy: str = "IfNotPresent"
+    topology_levels: tuple[str, ...] = ("topology.kubernetes.io/zone", "kubernetes.io/hostname")
+    """Node labels from the widest domain to the narrowest."""
+    operator_namespace: str = "default"

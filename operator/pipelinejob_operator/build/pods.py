@@ -1,0 +1,185 @@
+"""The pod of one stage: the user's template with the operator's parts merged in.
+
+Where both say something, the user wins, except for what makes a pod a stage of this job (name, labels,
+environment, volumes). What the user leaves out satisfies the restricted pod security standard. Requests for
+CPU and memory are the user's or the namespace's LimitRange's to set: the operator cannot know what a model
+needs.
+"""
+
+import copy
+from typing import Any
+
+from pipelinejob_operator.build.installation import Installation
+from pipelinejob_operator.build.job import Job
+from pipelinejob_operator.build.names import (
+    CONFIG_ANNOTATION,
+    GATE,
+    MEMBERSHIP_ANNOTATION,
+    network_name,
+    pod_host,
+    pod_name,
+    stage_labels,
+)
+from pipelinejob_operator.build.volumes import stage_volumes
+from pipelinejob_operator.placement.affinity import near_neighbours, one_host
+from pipelinejob_worker.protocol import RENDEZVOUS_PORT, STATUS_PORT, WORKER_CONTAINER, Env
+
+AGENT_COMMAND = ["pipelinejob-agent"]
+USER_ID = 65532
+GRACE_SECONDS = 30
+NODE_LOSS_SECONDS = 30
+"""How long a pod stays bound to a node that does not answer; the default of 300 s would hold up the whole
+gang.
+"""
+
+
+def stage_pod(job: Job, stage: int, installation: Installation, *, share_host: bool) -> dict[str, Any]:
+    """Build the pod of ``stage`` for the job's present attempt; ``share_host`` keeps all stages on one
+    node.
+    """
+    attempt, stages = job.status.attempt, job.spec.stages
+    labels = stage_labels(job.name, job.uid, stage, stages, attempt)
+    user_meta = job.template.get("metadata") or {}
+    spec: dict[str, Any] = copy.deepcopy(job.template.get("spec") or {})
+    volumes, mounts = stage_volumes(job.spec.checkpoint.volume_claim_name)
+
+    others = [item for item in spec.get("containers", []) if item.get("name") != WORKER_CONTAINER]
+    spec["containers"] = [_worker(job, stage, installation, mounts), *others]
+    spec["volumes"] = [*spec.get("volumes", []), *_unshadowed(volumes, mounts, spec["containers"][0])]
+    spec["hostname"] = pod_name(job.name, stage, attempt)
+    spec["subdomain"] = network_name(job.name)
+    spec["restartPolicy"] = "Never"
+    spec["schedulingGates"] = [*spec.get("schedulingGates", []), {"name": GATE}]
+    spec["securityContext"] = _pod_security() | (spec.get("securityContext") or {})
+    spec["tolerations"] = _tolerations(spec.get("tolerations", []))
+    spec.setdefault("terminationGracePeriodSeconds", GRACE_SECONDS)
+    spec.setdefault("automountServiceAccountToken", False)
+    spec.setdefault("enableServiceLinks", False)
+    _place(spec, job, labels, installation, share_host=share_host)
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": pod_name(job.name, stage, attempt),
+            "namespace": job.namespace,
+            "labels": (user_meta.get("labels") or {}) | labels,
+            "annotations": (user_meta.get("annotations") or {})
+            | {MEMBERSHIP_ANNOTATION: "", CONFIG_ANNOTATION: job.config().to_json()},
+            "ownerReferences": [job.owner_reference()],
+        },
+        "spec": spec,
+    }
+
+
+def _worker(job: Job, stage: int, installation: Installation, mounts: list[dict[str, Any]]) -> dict[str, Any]:
+    worker: dict[str, Any] = copy.deepcopy(job.worker_template)
+    worker["name"] = WORKER_CONTAINER
+    worker.setdefault("image", installation.worker_image)
+    worker.setdefault("imagePullPolicy", installation.worker_image_pull_policy)
+    worker.setdefault("terminationMessagePolicy", "FallbackToLogsOnError")
+    if job.runs_agent:
+        worker["command"] = AGENT_COMMAND
+        worker["ports"] = [*worker.get("ports", []), {"name": "stage-status", "containerPort": STATUS_PORT}]
+        worker["readinessProbe"] = {"httpGet": {"path": "/readyz", "port": STATUS_PORT}, "periodSeconds": 2}
+    worker["env"] = [*worker.get("env", []), *_environment(job, stage)]
+    taken = {mount.get("mountPath", "").rstrip("/") for mount in worker.get("volumeMounts", [])}
+    free = [mount for mount in mounts if mount["mountPath"] not in taken]
+    worker["volumeMounts"] = [*worker.get("volumeMounts", []), *free]
+    worker["securityContext"] = _container_security() | (worker.get("securityContext") or {})
+    if job.spec.gpu.count:
+        # For an extended resource the API demands that the request equals the limit.
+        resources = worker.setdefault("resources", {})
+        for kind in ("requests", "limits"):
+            resources[kind] = (resources.get(kind) or {}) | {
+                job.spec.gpu.resource_name: str(job.spec.gpu.count)
+            }
+    return worker
+
+
+def _unshadowed(
+    volumes: list[dict[str, Any]], mounts: list[dict[str, Any]], worker: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Leave out the volumes whose mount path the user has given to a volume of their own."""
+    used = {mount["name"] for mount in worker["volumeMounts"]}
+    ours = {mount["name"] for mount in mounts}
+    return [volume for volume in volumes if volume["name"] in used & ours]
+
+
+def _environment(job: Job, stage: int) -> list[dict[str, Any]]:
+    """Variables of the stage; after the user's own, because of two with one name the last wins."""
+    attempt, stages = job.status.attempt, job.spec.stages
+    values = {
+        Env.RANK: str(stage),
+        Env.WORLD_SIZE: str(stages),
+        Env.LOCAL_RANK: "0",
+        Env.MASTER_ADDR: pod_host(job.name, job.namespace, 0, attempt),
+        Env.MASTER_PORT: str(RENDEZVOUS_PORT),
+        Env.PIPELINE_STAGE: str(stage),
+        Env.PIPELINE_STAGES: str(stages),
+        # Another number of threads sums in another order and gives other bits, so it must not follow the CPU
+        # limit.
+        Env.THREADS: "1",
+        Env.JOB: job.name,
+        Env.JOB_UID: job.uid,
+        Env.ATTEMPT: str(attempt),
+    }
+    fields = {Env.POD_IP: "status.podIP", Env.NODE: "spec.nodeName"}
+    interface = job.spec.network.interface
+    network = {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}
+    network |= {variable.name: variable.value for variable in job.spec.network.nccl}
+    return [
+        *({"name": str(name), "value": value} for name, value in values.items()),
+        *(
+            {"name": str(name), "valueFrom": {"fieldRef": {"fieldPath": path}}}
+            for name, path in fields.items()
+        ),
+        *({"name": name, "value": value} for name, value in network.items()),
+    ]
+
+
+def _pod_security() -> dict[str, Any]:
+    return {
+        "runAsNonRoot": True,
+        "runAsUser": USER_ID,
+        "runAsGroup": USER_ID,
+        "fsGroup": USER_ID,
+        # Without it the kubelet changes the owner of every file of a large checkpoint volume at each start.
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def _container_security() -> dict[str, Any]:
+    return {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": True,
+    }
+
+
+def _tolerations(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    keys = {item.get("key") for item in given}
+    ours = [
+        {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": NODE_LOSS_SECONDS}
+        for key in ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+    ]
+    # A toleration without a key tolerates everything for ever: the user wants the pods to outlast their node.
+    return given if None in keys else [*given, *(item for item in ours if item["key"] not in keys)]
+
+
+def _place(
+    spec: dict[str, Any], job: Job, labels: dict[str, str], installation: Installation, *, share_host: bool
+) -> None:
+    """Add the terms of placement to the user's own affinity."""
+    levels = job.spec.placement.topology_levels or installation.topology_levels
+    preferred = near_neighbours(labels, job.spec.stages, levels)
+    required = [one_host(labels)] if share_host else []
+    if not preferred and not required:
+        return
+    rules = spec.setdefault("affinity", {}).setdefault("podAffinity", {})
+    for key, terms in (
+        ("preferredDuringSchedulingIgnoredDuringExecution", preferred),
+        ("requiredDuringSchedulingIgnoredDuringExecution", required),
+    ):
+        if terms:
+            rules[key] = [*rules.get(key, []), *terms]

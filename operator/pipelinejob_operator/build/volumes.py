@@ -1,0 +1,59 @@
+"""Volumes that every stage pod has: the pod's own facts, scratch space, shared memory, and the checkpoint
+claim.
+"""
+
+from typing import Any
+
+from pipelinejob_operator.build.names import CONFIG_ANNOTATION, MEMBERSHIP_ANNOTATION
+from pipelinejob_worker.protocol import (
+    CHECKPOINT_DIRECTORY,
+    CONFIG_FILE,
+    MEMBERSHIP_FILE,
+    POD_INFO_DIRECTORY,
+    SCRATCH_DIRECTORY,
+)
+
+SHARED_MEMORY_DIRECTORY = "/dev/shm"  # noqa: S108 - a mount point, not a temporary file
+SHARED_MEMORY_LIMIT = "1Gi"
+"""Most of it that a stage may fill; NCCL's and torch's segments take far less. Used pages count as container
+memory.
+"""
+
+INFO, SCRATCH, SHARED_MEMORY, CHECKPOINT = (
+    f"pipelinejob-{part}" for part in ("info", "scratch", "shared-memory", "checkpoint")
+)
+OUR_VOLUMES = frozenset({INFO, SCRATCH, SHARED_MEMORY, CHECKPOINT})
+OUR_MOUNT_PATHS = frozenset({POD_INFO_DIRECTORY, CHECKPOINT_DIRECTORY})
+"""Mount paths that a template may not take. Scratch and shared memory may be replaced by volumes of the
+user's own.
+"""
+
+
+def stage_volumes(claim_name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Volumes and the worker container's mounts of them; the checkpoint only where a claim is named."""
+    volumes: list[dict[str, Any]] = [
+        {
+            "name": INFO,
+            "downwardAPI": {
+                "items": [
+                    _item(MEMBERSHIP_FILE, MEMBERSHIP_ANNOTATION),
+                    _item(CONFIG_FILE, CONFIG_ANNOTATION),
+                ]
+            },
+        },
+        {"name": SCRATCH, "emptyDir": {}},
+        {"name": SHARED_MEMORY, "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY_LIMIT}},
+    ]
+    mounts: list[dict[str, Any]] = [
+        {"name": INFO, "mountPath": POD_INFO_DIRECTORY, "readOnly": True},
+        {"name": SCRATCH, "mountPath": SCRATCH_DIRECTORY},
+        {"name": SHARED_MEMORY, "mountPath": SHARED_MEMORY_DIRECTORY},
+    ]
+    if claim_name:
+        volumes.append({"name": CHECKPOINT, "persistentVolumeClaim": {"claimName": claim_name}})
+        mounts.append({"name": CHECKPOINT, "mountPath": CHECKPOINT_DIRECTORY})
+    return volumes, mounts
+
+
+def _item(path: str, annotation: str) -> dict[str, Any]:
+    return {"path": path, "fieldRef": {"fieldPath": f"metadata.annotations['{annotation}']"}}

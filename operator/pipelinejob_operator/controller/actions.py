@@ -1,0 +1,50 @@
+"""What a plan can ask for: each is one write to the API server."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipelinejob_operator.policy.facts import StagePod
+
+
+@dataclass(frozen=True)
+class ApplyObject:
+    """Create a Service or NetworkPolicy, or bring it in line."""
+
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CreatePod:
+    """Create a stage pod behind its scheduling gate."""
+
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OpenGate:
+    """Remove our scheduling gate from a pod."""
+
+    pod: StagePod
+
+
+@dataclass(frozen=True)
+class SetMembership:
+    """Replace a pod's membership; refused where it is no longer what we saw."""
+
+    pod: StagePod
+    value: str
+
+
+@dataclass(frozen=True)
+class DeletePod:
+    """Delete a pod, if it is still the one we saw."""
+
+    pod: StagePod
+
+
+@dataclass(frozen=True)
+class DeleteJob:
+    """Delete the job, if it is still the one we saw."""
+
+
+Action = ApplyObject | CreatePod | OpenGate | SetMembership | DeletePod | DeleteJob

@@ -1,0 +1,118 @@
+"""The present gang: what it lacks to come alive, and what it shows while it lives. Pure."""
+
+from datetime import datetime, timedelta
+
+from pipelinejob_operator.api.v1alpha1 import Status
+from pipelinejob_operator.build.installation import Installation
+from pipelinejob_operator.build.job import Job
+from pipelinejob_operator.build.membership import membership
+from pipelinejob_operator.build.network import network_objects
+from pipelinejob_operator.build.pods import stage_pod
+from pipelinejob_operator.controller.actions import Action, ApplyObject, CreatePod, OpenGate, SetMembership
+from pipelinejob_operator.controller.observed import Gang, Observed
+from pipelinejob_operator.policy.facts import Claim, StagePod
+from pipelinejob_operator.policy.reasons import ConditionStatus, ConditionType, Reason
+
+IMAGE_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
+CONFIG_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
+
+SHORTEST_PATIENCE = timedelta(seconds=2)
+LONGEST_PATIENCE = timedelta(seconds=60)
+
+Told = tuple[ConditionStatus, Reason, str]
+
+
+def opened(gang: Gang, status: Status) -> bool:
+    """Whether the gang was complete once, so that a missing pod is a lost one and not one still to be made.
+
+    The gates open only when all pods exist. Where no pod is left at all, the condition Placed remembers it: a
+    retired gang sets it to False in the same write that raises the attempt.
+    """
+    if gang.current:
+        return any(pod.gate is None for pod in gang.current.values())
+    return any(item.type == ConditionType.PLACED and item.status == "True" for item in status.conditions)
+
+
+def patience(since: datetime | None, now: datetime) -> timedelta:
+    """Exponential back-off without a counter: wait as long again as one has waited, within 2 to 60
+    seconds.
+    """
+    waited = now - since if since else SHORTEST_PATIENCE
+    return min(max(waited, SHORTEST_PATIENCE), LONGEST_PATIENCE)
+
+
+def actions(job: Job, gang: Gang, seen: Observed, installation: Installation) -> list[Action]:
+    """Next writes that the gang needs: first all pods, then all gates, then all memberships."""
+    stages = job.spec.stages
+    if not gang.complete(stages):
+        share_host = seen.claim is not None and seen.claim.one_node and stages > 1
+        missing = [stage for stage in range(stages) if stage not in gang.current]
+        return [
+            *(ApplyObject(manifest) for manifest in network_objects(job, installation)),
+            *(CreatePod(stage_pod(job, stage, installation, share_host=share_host)) for stage in missing),
+        ]
+    pods = [gang.current[stage] for stage in range(stages)]
+    if gated := [pod for pod in pods if pod.gate is not None and not pod.terminating]:
+        return [OpenGate(pod) for pod in gated]
+    if not all(pod.address for pod in pods):
+        return []
+    wanted = {pod: membership(gang.current, pod.stage, job.status.attempt).to_json() for pod in pods}
+    # A pod that has a membership keeps it for the attempt: agents ignore another text of an epoch they have
+    # seen.
+    return [
+        SetMembership(pod, value) for pod, value in wanted.items() if not pod.membership and not pod.ended
+    ]
+
+
+def placed(gang: Gang, stages: int, claim: Claim | None) -> Told:
+    """The condition Placed of a gang that is being made or lives."""
+    if not gang.complete(stages):
+        return "False", Reason.CREATING, f"{len(gang.current)} of {stages} stage pods exist"
+    pods = list(gang.current.values())
+    if all(pod.scheduled for pod in pods):
+        return "True", Reason.PLACED, f"all {stages} stages have a node"
+    if stuck := [pod for pod in pods if pod.unschedulable]:
+        message = (
+            f"{len(stuck)} of {stages} stages find no node; stage {stuck[0].stage}: {stuck[0].unschedulable}"
+        )
+        if claim and claim.one_node and stages > 1:
+            message += (
+                f"; claim {claim.name} is ReadWriteOnce, so all {stages} stages must share one node: use a "
+                "ReadWriteMany claim, or a node with room for all of them"
+            )
+        return "False", Reason.UNSCHEDULABLE, message
+    return "False", Reason.SCHEDULING, f"{sum(pod.scheduled for pod in pods)} of {stages} stages have a node"
+
+
+def running(gang: Gang, stages: int) -> Told:
+    """The condition Running of a gang that is being made or lives, and in which nothing failed."""
+    pods = [gang.current[stage] for stage in sorted(gang.current)]
+    alive = sum(pod.ready or pod.succeeded for pod in pods)
+    if alive == stages:
+        return "True", Reason.RUNNING, f"all {stages} stages are ready"
+    for pod in pods:
+        if pod.waiting and pod.waiting.reason in IMAGE_REASONS:
+            return "False", Reason.IMAGE_PULL_FAILED, _no_image(pod)
+        if pod.waiting and pod.waiting.reason in CONFIG_REASONS:
+            return "False", Reason.CONTAINER_CONFIG_ERROR, _no_container(pod)
+    if not all(pod.scheduled for pod in pods) or len(pods) < stages:
+        return "False", Reason.NOT_PLACED, "see the condition Placed"
+    return "False", Reason.STARTING, f"{alive} of {stages} stages are ready"
+
+
+def _no_image(pod: StagePod) -> str:
+    assert pod.waiting is not None
+    return (
+        f"stage {pod.stage} on node {pod.node} cannot pull image {pod.waiting.image} ({pod.waiting.reason}: "
+        f"{pod.waiting.message}); check the image's name in spec.template, that the node reaches the "
+        "registry, and "
+        "imagePullSecrets"
+    )
+
+
+def _no_container(pod: StagePod) -> str:
+    assert pod.waiting is not None
+    return (
+        f"stage {pod.stage} on node {pod.node} cannot start its container ({pod.waiting.reason}: "
+        f"{pod.waiting.message}); mend what spec.template refers to, and the kubelet tries again by itself"
+    )

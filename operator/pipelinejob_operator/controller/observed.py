@@ -1,0 +1,60 @@
+"""What a plan is made from: one look at a job and everything that belongs to it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from pipelinejob_operator.build.job import Job
+from pipelinejob_operator.policy.facts import Claim, StagePod
+from pipelinejob_operator.policy.reasons import Reason
+from pipelinejob_worker.protocol import AgentStatus
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The API server's no to one of the job's objects, and when to ask again."""
+
+    reason: Reason
+    message: str
+    generation: int
+    retry_at: datetime
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One look at a job's surroundings."""
+
+    pods: Sequence[StagePod] = ()
+    """All pods that this job owns, of any attempt."""
+    claim: Claim | None = None
+    """The checkpoint claim; None also where none is named."""
+    claim_missing: bool = False
+    unready_nodes: frozenset[str] = frozenset()
+    """Nodes known not to answer; empty where the operator may not read nodes."""
+    agent: AgentStatus | None = None
+    """What an agent of the present attempt said last."""
+    refusal: Refusal | None = None
+    """A refusal still in force: creation waits until its ``retry_at``."""
+    network_due: bool = True
+    """Whether Service and NetworkPolicy have not been compared for a while."""
+
+
+@dataclass(frozen=True)
+class Gang:
+    """The pods of the present attempt by stage, and those of others."""
+
+    current: dict[int, StagePod] = field(default_factory=dict)
+    others: tuple[StagePod, ...] = ()
+
+    @classmethod
+    def of(cls, job: Job, seen: Observed) -> "Gang":
+        """Sort the pods by attempt."""
+        attempt = job.status.attempt
+        return cls(
+            {pod.stage: pod for pod in seen.pods if pod.attempt == attempt},
+            tuple(pod for pod in seen.pods if pod.attempt != attempt),
+        )
+
+    def complete(self, stages: int) -> bool:
+        """Whether every stage has its pod."""
+        return all(stage in self.current for stage in range(stages))

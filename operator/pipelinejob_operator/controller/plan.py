@@ -1,0 +1,349 @@
+"""The brain: from one look at a job to what must be done about it. Pure; time is an argument.
+
+The order of the questions is the order of their weight: is it finished, may it run, has it ended, must it
+end, should it stop, did a stage fail, is the gang the right one, may the next gang come; and only then: what
+does the gang lack.
+
+The present gang is *retired* by raising ``status.attempt``, and only that: it is written before anything is
+deleted, so an operator that dies in between finds its intent. Pods of another attempt than the present one
+are always deleted.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+from pipelinejob_operator.api.v1alpha1 import Condition, Status
+from pipelinejob_operator.build.installation import Installation
+from pipelinejob_operator.build.job import Job
+from pipelinejob_operator.build.network import network_objects
+from pipelinejob_operator.controller import gang as gang_plan
+from pipelinejob_operator.controller.actions import Action, ApplyObject, DeleteJob, DeletePod
+from pipelinejob_operator.controller.observed import Gang, Observed
+from pipelinejob_operator.controller.status import Draft, rfc3339
+from pipelinejob_operator.controller.transitions import Notice, notices
+from pipelinejob_operator.policy import acceptance, failure, lifecycle, restart, retention
+from pipelinejob_operator.policy.facts import Failure, StagePod, parse_time
+from pipelinejob_operator.policy.reasons import ConditionType, Reason, Verdict
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do, what to tell, and when to look again without being woken."""
+
+    status: Status
+    actions: tuple[Action, ...] = ()
+    notices: tuple[Notice, ...] = ()
+    look_again_at: datetime | None = None
+    irreversible: bool = False
+    """Whether the plan deletes or gives up something, so that it must rest on a fresh read."""
+
+
+def plan(job: Job, seen: Observed, now: datetime, installation: Installation) -> Plan:
+    """Decide everything about a job at one moment."""
+    if job.deleting:
+        return Plan(job.status)  # its objects go with it, by their owner references
+    if lifecycle.finished(job.status.conditions):
+        return _after_the_end(job, seen, now)
+    decided = _active(_Decision(job, seen, now, installation))
+    status = decided.draft.finish()
+    retired = status.attempt != job.status.attempt
+    return Plan(
+        status=status,
+        actions=tuple(decided.actions),
+        notices=tuple(notices(job.status, status)),
+        look_again_at=min(decided.alarms, default=None),
+        irreversible=retired
+        or lifecycle.finished(status.conditions)
+        or any(isinstance(action, DeletePod | DeleteJob) for action in decided.actions),
+    )
+
+
+class _Decision:
+    """A plan in the making: the facts, and what has been decided so far."""
+
+    def __init__(self, job: Job, seen: Observed, now: datetime, installation: Installation) -> None:
+        self.job, self.seen, self.now, self.installation = job, seen, now, installation
+        self.gang = Gang.of(job, seen)
+        self.draft = Draft(job, now)
+        self.actions: list[Action] = []
+        self.alarms: list[datetime] = []
+
+    def delete(self, pods: Iterable[StagePod]) -> None:
+        """Ask for the deletion of those pods that nobody has deleted yet."""
+        self.actions += [DeletePod(pod) for pod in pods if not pod.terminating]
+
+    def retire(self) -> None:
+        """Raise the attempt, so that the present pods belong to the past."""
+        self.draft.set(attempt=self.job.status.attempt + 1)
+
+    def say(self, kind: ConditionType, reason: Reason, message: str) -> None:
+        """Set a condition to False."""
+        self.draft.condition(kind, "False", reason, message)
+
+    def down(self, reason: Reason, message: str) -> None:
+        """Nothing is placed and nothing runs, both for the same reason."""
+        self.say(ConditionType.PLACED, reason, message)
+        self.say(ConditionType.RUNNING, reason, message)
+
+
+def _active(d: _Decision) -> _Decision:
+    """Ask what may end or stop an unfinished job; what passes all of it shall live."""
+    job, status = d.job, d.job.status
+    d.draft.gang(d.gang.current, d.seen.agent.progress if d.seen.agent else None)
+    d.draft.condition(ConditionType.SUCCEEDED, "Unknown", Reason.ACTIVE, "the job has not finished")
+    case = acceptance.Case(job.spec, job.template, d.seen.claim, len(job.config().to_json().encode()))
+    if verdict := acceptance.check(case):
+        return _refuse(d, verdict)
+    d.draft.condition(ConditionType.ACCEPTED, "True", Reason.VALID, "the spec can run")
+
+    if lifecycle.succeeded(d.gang.current, job.spec.stages):
+        return _succeed(d)
+    if (deadline := lifecycle.deadline(job.spec, status)) is not None:
+        if d.now >= deadline:
+            limit = job.spec.active_deadline_seconds
+            message = f"active since {status.start_time} for more than activeDeadlineSeconds {limit}"
+            return _fail(d, Reason.DEADLINE_EXCEEDED, message)
+        d.alarms.append(deadline)
+    return _suspend(d) if job.spec.suspend else _live(d)
+
+
+def _live(d: _Decision) -> _Decision:
+    """Keep a wanted job alive: answer failures, replace the gang, or tend it."""
+    job, status = d.job, d.job.status
+    d.say(ConditionType.SUSPENDED, Reason.NOT_SUSPENDED, "spec.suspend is not set")
+    if status.start_time is None:
+        d.draft.set(start_time=rfc3339(d.now))
+
+    if any(pod.stages != job.spec.stages for pod in d.gang.current.values()):
+        d.retire()
+        d.down(Reason.REPLACING, f"the gang is replaced to run {job.spec.stages} stages")
+        return d
+    if gang_plan.opened(d.gang, status) and (finding := _first_failure(d)):
+        return _answer(d, finding)
+    if _next_gang_waits(d):
+        return d
+    return _tend(d)
+
+
+def _first_failure(d: _Decision) -> failure.Finding | None:
+    job = d.job
+    look = failure.Look(
+        job=job.name,
+        stages=job.spec.stages,
+        attempt=job.status.attempt,
+        protocol=job.runs_agent,
+        unready_nodes=d.seen.unready_nodes,
+        now=d.now,
+    )
+    return failure.first(d.gang.current, look)
+
+
+def _refuse(d: _Decision, verdict: Verdict) -> _Decision:
+    """Nothing runs under a spec that is not accepted; what ran before is stopped."""
+    d.say(ConditionType.ACCEPTED, verdict.reason, verdict.message)
+    d.say(ConditionType.SUSPENDED, Reason.NOT_SUSPENDED, "spec.suspend is not set")
+    d.down(Reason.NOT_ACCEPTED, "see the condition Accepted")
+    if d.seen.claim:
+        d.alarms.append(d.now + gang_plan.LONGEST_PATIENCE)  # another claim of that name may take its place
+    if d.gang.current:
+        d.retire()
+    d.delete(d.gang.others)
+    return d
+
+
+def unreadable(job: Job, problem: str, now: datetime) -> Plan:
+    """Refuse a spec that the models cannot read: it came past the schema of another version of the CRD."""
+    draft = Draft(job, now)
+    draft.condition(ConditionType.ACCEPTED, "False", Reason.INVALID_SPEC, problem)
+    status = draft.finish()
+    return Plan(status, notices=tuple(notices(job.status, status)))
+
+
+def _succeed(d: _Decision) -> _Decision:
+    steps = [pod.ended.step for pod in d.gang.current.values() if pod.ended]
+    progress = d.job.status.progress
+    if total := progress.total_steps or (d.job.spec.train.steps if any(steps) else 0):
+        step = max(progress.step, *steps)
+        done = {"step": step, "total_steps": total, "percent": 100 * step // total, "remaining_seconds": 0}
+        d.draft.set(progress=progress.model_copy(update=done))
+    d.draft.condition(
+        ConditionType.SUCCEEDED,
+        "True",
+        Reason.ALL_STAGES_SUCCEEDED,
+        f"all {d.job.spec.stages} stages succeeded",
+    )
+    return _end(d)
+
+
+def _fail(d: _Decision, reason: Reason, message: str) -> _Decision:
+    d.draft.condition(ConditionType.SUCCEEDED, "False", reason, message)
+    return _end(d)
+
+
+def _end(d: _Decision) -> _Decision:
+    d.down(Reason.FINISHED, "the job has finished")
+    d.say(ConditionType.SUSPENDED, Reason.NOT_SUSPENDED, "the job has finished")
+    d.draft.set(completion_time=rfc3339(d.now))
+    return d
+
+
+def _suspend(d: _Decision) -> _Decision:
+    d.draft.set(start_time=None)
+    if d.gang.current:
+        d.retire()
+    d.delete(d.gang.others)
+    if left := len(d.seen.pods):
+        message = f"spec.suspend is set; {left} of the stage pods are still on their way out"
+        d.say(
+            ConditionType.SUSPENDED,
+            Reason.STOPPING,
+            "spec.suspend is set; the stage pods are on their way out",
+        )
+        d.down(Reason.STOPPING, message)
+    else:
+        d.draft.condition(
+            ConditionType.SUSPENDED, "True", Reason.SUSPENDED, "spec.suspend is set; no stage pod is left"
+        )
+        d.down(Reason.SUSPENDED, "spec.suspend is set")
+    return d
+
+
+def _answer(d: _Decision, finding: failure.Finding) -> _Decision:
+    """Do what a failure asks for."""
+    status, first = d.job.status, finding.failure
+    words = first.sentence()
+    match finding.answer:
+        case failure.Answer.WAIT:
+            assert finding.recheck_at is not None
+            d.alarms.append(finding.recheck_at)
+            _observe_placement(d)
+            if finding.draining:
+                d.say(
+                    ConditionType.RUNNING, Reason.DRAINING, f"the pod of stage {first.stage} is being deleted"
+                )
+            else:
+                d.say(
+                    ConditionType.RUNNING,
+                    Reason.FAILURE_SEEN,
+                    "stages lost a peer; waiting for the cause to show",
+                )
+            return d
+        case failure.Answer.REPLACE:
+            d.retire()
+            d.down(
+                Reason.REPLACING,
+                f"stage {first.stage} on node {first.node} was asked to leave; the gang moves on",
+            )
+            return d
+        case failure.Answer.FAIL:
+            d.draft.failed_stage(first, status.consecutive_restarts)
+            return _fail(d, Reason.INVALID_CONFIGURATION, words)
+        case failure.Answer.RESTART:
+            return _restart(d, first, words)
+
+
+def _restart(d: _Decision, first: Failure, words: str) -> _Decision:
+    status, recovery = d.job.status, d.job.spec.recovery
+    times = [time for text in status.restart_times if (time := parse_time(text))]
+    if not restart.allowed(times, recovery, d.now):
+        d.draft.failed_stage(first, status.consecutive_restarts)
+        budget = f"{recovery.max_restarts} restarts within {recovery.window_seconds} s are spent"
+        return _fail(d, Reason.RESTART_BUDGET_SPENT, f"{words} ({budget}; see spec.recovery)")
+    in_a_row = restart.in_a_row(
+        status.consecutive_restarts, status.first_failure, first, status.progress.step
+    )
+    d.draft.failed_stage(first, in_a_row)
+    d.retire()
+    kept = [*restart.recent(times, recovery, d.now), d.now][-restart.KEPT_TIMES :]
+    d.draft.set(restarts=status.restarts + 1, restart_times=[rfc3339(time) for time in kept])
+    wait = restart.delay(in_a_row).seconds
+    d.down(Reason.RESTARTING, f"restart {status.restarts + 1} after {wait} s, because {words}")
+    return d
+
+
+def _next_gang_waits(d: _Decision) -> bool:
+    """Whether the next gang must wait for the last one to be gone, or for the back-off to be over."""
+    status = d.job.status
+    d.delete(d.gang.others)
+    if d.gang.current:
+        return False
+    reason = Reason.RESTARTING if status.consecutive_restarts else Reason.REPLACING
+    if alive := [pod for pod in d.gang.others if not _given_up(pod, d)]:
+        d.alarms += [pod.gone_by + failure.OVERDUE for pod in alive if pod.gone_by]
+        _keep_or(d, reason, f"the pods of the last attempt are on their way out, such as {alive[0].name}")
+        return True
+    if status.restart_times and (last := parse_time(status.restart_times[-1])):
+        due = last + restart.delay(status.consecutive_restarts)
+        if d.now < due:
+            d.alarms.append(due)
+            _keep_or(d, reason, f"waiting until {rfc3339(due)} before the next attempt")
+            return True
+    return False
+
+
+def _given_up(pod: StagePod, d: _Decision) -> bool:
+    """Whether a pod of the past need not be waited for: its node is dead, or its kubelet does not answer."""
+    if pod.gone_by is None:
+        return False
+    return pod.node in d.seen.unready_nodes or d.now >= pod.gone_by + failure.OVERDUE
+
+
+def _keep_or(d: _Decision, reason: Reason, message: str) -> None:
+    """Keep the words that told why the gang is replaced, where they still stand; else say ``message``."""
+    running = _condition(d.job.status, ConditionType.RUNNING)
+    if running is None or running.reason not in (Reason.RESTARTING, Reason.REPLACING):
+        d.down(reason, message)
+
+
+def _condition(status: Status, kind: ConditionType) -> Condition | None:
+    return next((item for item in status.conditions if item.type == kind), None)
+
+
+def _tend(d: _Decision) -> _Decision:
+    """Bring the present gang to life, or watch it live."""
+    if not gang_plan.opened(d.gang, d.job.status) and (hindrance := _hindrance(d)):
+        d.delete(d.gang.current.values())
+        d.down(*hindrance)
+        return d
+    todo = gang_plan.actions(d.job, d.gang, d.seen, d.installation)
+    if d.seen.network_due and not any(isinstance(action, ApplyObject) for action in todo):
+        d.actions += [ApplyObject(manifest) for manifest in network_objects(d.job, d.installation)]
+    d.actions += todo
+    _observe_placement(d)
+    d.draft.condition(ConditionType.RUNNING, *gang_plan.running(d.gang, d.job.spec.stages))
+    return d
+
+
+def _hindrance(d: _Decision) -> Verdict | None:
+    """What keeps the pods from being made: then none of them may stand, so that no half of a gang holds
+    anything.
+    """
+    if d.seen.claim_missing:
+        placed = _condition(d.job.status, ConditionType.PLACED)
+        since = parse_time(placed.last_transition_time) if placed else None
+        d.alarms.append(d.now + gang_plan.patience(since, d.now))
+        return Verdict(
+            Reason.VOLUME_CLAIM_NOT_FOUND,
+            f"spec.checkpoint.volumeClaimName: claim {d.job.spec.checkpoint.volume_claim_name} does not "
+            "exist in "
+            f"namespace {d.job.namespace}; create it (the job looks again by itself), or delete the job and "
+            "leave the "
+            "name empty to run without checkpoints",
+        )
+    if d.seen.refusal:
+        d.alarms.append(d.seen.refusal.retry_at)
+        return Verdict(d.seen.refusal.reason, d.seen.refusal.message)
+    return None
+
+
+def _observe_placement(d: _Decision) -> None:
+    d.draft.condition(ConditionType.PLACED, *gang_plan.placed(d.gang, d.job.spec.stages, d.seen.claim))
+
+
+def _after_the_end(job: Job, seen: Observed, now: datetime) -> Plan:
+    """A finished job: clean up, and delete it when its time has come. Its status stays as it is."""
+    if (due := retention.delete_at(job.spec, job.status)) is not None and now >= due:
+        return Plan(job.status, (DeleteJob(),), irreversible=True)
+    deletions = tuple(DeletePod(pod) for pod in retention.pods_to_delete(job.spec, seen.pods))
+    return Plan(job.status, deletions, look_again_at=due, irreversible=bool(deletions))

@@ -1,0 +1,193 @@
+"""The status of a job as a pure function of what was seen and decided."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from pipelinejob_operator.api.v1alpha1 import (
+    Condition,
+    FirstFailure,
+    ProgressStatus,
+    StageStatus,
+    Status,
+    Summary,
+)
+from pipelinejob_operator.build.job import Job
+from pipelinejob_operator.build.names import pod_selector
+from pipelinejob_operator.policy.facts import Failure, StagePod
+from pipelinejob_operator.policy.reasons import ConditionStatus, ConditionType, Reason
+from pipelinejob_worker.protocol import Progress
+
+MESSAGE_LIMIT = 2048
+"""Longest message of a condition: long enough for a scheduler's words, short enough for a terminal."""
+
+
+def rfc3339(time: datetime) -> str:
+    """Render a time as the API server does, in whole seconds."""
+    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Draft:
+    """The next status, while a plan decides on it. Starts as the present one; ``finish`` renders the
+    summary.
+    """
+
+    def __init__(self, job: Job, now: datetime) -> None:
+        self._job = job
+        self._now = now
+        self._fields: dict[str, Any] = {
+            "observed_generation": job.generation,
+            "selector": pod_selector(job.name),
+        }
+        self._conditions = {item.type: item for item in job.status.conditions}
+        for kind in ConditionType:
+            if kind not in self._conditions:
+                self.condition(kind, "Unknown", Reason.NOT_STARTED, "")
+
+    def condition(self, kind: ConditionType, status: ConditionStatus, reason: Reason, message: str) -> None:
+        """Set a condition; its transition time moves only when its status changes."""
+        old = self._conditions.get(kind)
+        since = old.last_transition_time if old and old.status == status else rfc3339(self._now)
+        self._conditions[kind] = Condition(
+            type=kind,
+            status=status,
+            observed_generation=self._job.generation,
+            last_transition_time=since,
+            reason=reason,
+            message=message[:MESSAGE_LIMIT],
+        )
+
+    def set(self, **fields: Any) -> None:
+        """Set members of the status by their names."""
+        self._fields |= fields
+
+    def gang(self, pods: Mapping[int, StagePod], progress: Progress | None) -> None:
+        """Copy what the pods and an agent show."""
+        old = {item.index: item for item in self._job.status.stages}
+        layers = {item.stage: item for item in (progress.stages if progress else ())}
+        stages = []
+        for index in range(self._job.spec.stages):
+            before, pod, timing = old.get(index, StageStatus(index=index)), pods.get(index), layers.get(index)
+            told = {"layers": timing.layers, "busy_percent": timing.busy_percent} if timing else {}
+            shown = (
+                {"pod": pod.name, "node": pod.node, "state": stage_state(pod)}
+                if pod
+                else {"pod": "", "node": "", "state": "Pending"}
+            )
+            stages.append(before.model_copy(update=shown | told))
+        self.set(stages=stages, ready_stages=sum(pod.ready for pod in pods.values()))
+        if progress:
+            self.set(progress=progress_status(progress))
+
+    def failed_stage(self, failure: Failure, restarts_in_a_row: int) -> None:
+        """Record the first failure and count it for its stage."""
+        self.set(
+            first_failure=FirstFailure(
+                stage=failure.stage,
+                node=failure.node,
+                pod=failure.pod,
+                exit_code=failure.exit_code,
+                reason=failure.reason,
+                message=failure.message[:MESSAGE_LIMIT],
+                step=max(failure.step, self._job.status.progress.step),
+                log_tail=list(failure.log_tail),
+            ),
+            consecutive_restarts=restarts_in_a_row,
+            stages=[
+                item.model_copy(update={"restarts": item.restarts + (item.index == failure.stage)})
+                for item in self._fields.get("stages", self._job.status.stages)
+            ],
+        )
+
+    def finish(self) -> Status:
+        """Render the status."""
+        conditions = [self._conditions[kind] for kind in ConditionType]
+        status = self._job.status.model_copy(update=self._fields | {"conditions": conditions})
+        return status.model_copy(update={"summary": summary(self._job, status)})
+
+
+def stage_state(pod: StagePod) -> str:
+    """One word for a stage."""
+    if pod.ended:
+        return "Succeeded" if pod.succeeded else "Failed"
+    if pod.phase == "Failed":
+        return "Failed"
+    if pod.ready:
+        return "Running"
+    return "Starting" if pod.scheduled else "Pending"
+
+
+def progress_status(progress: Progress) -> ProgressStatus:
+    """Round an agent's progress to what people read; so that small changes are none."""
+    return ProgressStatus(
+        step=progress.step,
+        total_steps=progress.total_steps,
+        percent=100 * progress.step // progress.total_steps if progress.total_steps else 0,
+        loss="" if progress.loss is None else f"{progress.loss:.4g}",
+        tokens_per_second=_rounded(progress.tokens_per_second),
+        bubble_percent=_rounded(progress.bubble_percent),
+        bubble_limit_percent=_rounded(progress.bubble_limit_percent),
+        remaining_seconds=_rounded(progress.remaining_seconds),
+        last_checkpoint_step=progress.last_checkpoint_step,
+    )
+
+
+def _rounded(value: float | None) -> int | None:
+    return None if value is None else round(value)
+
+
+def summary(job: Job, status: Status) -> Summary:
+    """Ready-made strings for kubectl's columns."""
+    progress = status.progress
+    total = progress.total_steps
+    done = sum(item.state == "Succeeded" for item in status.stages)
+    return Summary(
+        state=state(status),
+        stages=f"{max(status.ready_stages, done)}/{job.spec.stages}",
+        step=f"{progress.step}/{total}" if total else "",
+        progress=f"{progress.percent}%" if total else "",
+        loss=_short_loss(progress.loss),
+        tokens_per_second=""
+        if progress.tokens_per_second is None
+        else short_number(progress.tokens_per_second),
+        bubble="" if progress.bubble_percent is None else f"{progress.bubble_percent}%",
+    )
+
+
+def _short_loss(loss: str) -> str:
+    return f"{float(loss):.3g}" if loss else ""
+
+
+def short_number(value: int) -> str:
+    """Render 950 as 950, 14200 as 14.2k, 3100000 as 3.1M."""
+    for factor, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= factor:
+            return f"{value / factor:.1f}{unit}"
+    return str(value)
+
+
+def state(status: Status) -> str:
+    """One word for the whole job, derived from its conditions."""
+    conditions = {item.type: item for item in status.conditions}
+
+    for word, kind, status_of_it in _WORDS:
+        if conditions[kind].status == status_of_it:
+            return word
+    waiting = "Starting" if conditions[ConditionType.PLACED].status == "True" else "Pending"
+    return _NOT_RUNNING.get(Reason(conditions[ConditionType.RUNNING].reason), waiting)
+
+
+_WORDS = (
+    ("Succeeded", ConditionType.SUCCEEDED, "True"),
+    ("Failed", ConditionType.SUCCEEDED, "False"),
+    ("Refused", ConditionType.ACCEPTED, "False"),
+    ("Suspended", ConditionType.SUSPENDED, "True"),
+    ("Running", ConditionType.RUNNING, "True"),
+)
+_NOT_RUNNING = {
+    Reason.STOPPING: "Stopping",
+    Reason.RESTARTING: "Restarting",
+    Reason.REPLACING: "Restarting",
+    Reason.FAILURE_SEEN: "Restarting",
+    Reason.DRAINING: "Restarting",
+}

@@ -1,0 +1,45 @@
+"""Affinity: neighbouring stages prefer to be near each other, by the topology levels of the nodes' labels."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipelinejob_operator.build.names import ATTEMPT_LABEL, JOB_UID_LABEL, STAGE_LABEL
+
+HOST_LEVEL = "kubernetes.io/hostname"
+HEAVIEST = 100
+"""Largest weight that the API allows."""
+
+
+def near_neighbours(labels: Mapping[str, str], stages: int, levels: Sequence[str]) -> list[dict[str, Any]]:
+    """Preferred pod-affinity terms that draw a stage to the stages before and after it.
+
+    ``labels`` are the pod's own; ``levels`` are node labels from the widest domain to the narrowest. One term
+    a level, the narrowest weighs most, so a shared host counts more than a shared zone and adds to it.
+    """
+    stage = int(labels[STAGE_LABEL])
+    neighbours = [str(other) for other in (stage - 1, stage + 1) if 0 <= other < stages]
+    if not neighbours:
+        return []
+    selector = {
+        "matchLabels": {key: labels[key] for key in (JOB_UID_LABEL, ATTEMPT_LABEL)},
+        "matchExpressions": [{"key": STAGE_LABEL, "operator": "In", "values": neighbours}],
+    }
+    return [
+        {
+            "weight": HEAVIEST * (depth + 1) // len(levels),
+            "podAffinityTerm": {"topologyKey": level, "labelSelector": selector},
+        }
+        for depth, level in enumerate(levels)
+    ]
+
+
+def one_host(labels: Mapping[str, str]) -> dict[str, Any]:
+    """Required term that keeps all stages of an attempt on one node, for a claim that only one node can
+    mount.
+
+    The scheduler lets the first pod pass, because it matches its own term and no other pod does.
+    """
+    return {
+        "topologyKey": HOST_LEVEL,
+        "labelSelector": {"matchLabels": {key: labels[key] for key in (JOB_UID_LABEL, ATTEMPT_LABEL)}},
+    }

@@ -1,0 +1,118 @@
+"""Acceptance: what the CRD's schema and CEL rules cannot refuse. Each check passes, or says why the job
+cannot run.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pipelinejob_operator.api.v1alpha1 import Spec
+from pipelinejob_operator.build.names import GATE
+from pipelinejob_operator.build.volumes import OUR_MOUNT_PATHS, OUR_VOLUMES
+from pipelinejob_operator.policy.facts import Claim, Manifest
+from pipelinejob_operator.policy.reasons import Reason, Verdict
+from pipelinejob_worker.protocol import WORKER_CONTAINER
+
+EXTRA_MODULES = 2
+"""A preset is its blocks with the embedding before and the head after them: these can be stages of their
+own.
+"""
+
+CONFIG_LIMIT_BYTES = 131_072
+"""The worker's configuration travels in an annotation; all annotations of a pod may hold 262,144 bytes."""
+
+OURS_ALONE = {
+    "restartPolicy": "the operator restarts the whole gang",
+    "hostname": "the pod's name is its host name",
+    "subdomain": "the job's headless Service is the subdomain",
+    "nodeName": "kube-scheduler chooses the node; use nodeSelector or affinity",
+    "ephemeralContainers": "they can be added to running pods only",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What acceptance is decided on."""
+
+    spec: Spec
+    template: Manifest
+    claim: Claim | None
+    config_bytes: int
+
+
+def check(case: Case) -> Verdict | None:
+    """Run the checks in order; the first that fails speaks. None means accepted."""
+    return next((verdict for rule in CHAIN if (verdict := rule(case))), None)
+
+
+def enough_layers(case: Case) -> Verdict | None:
+    """Every stage needs a layer."""
+    preset = case.spec.model.preset
+    if preset is None or preset.layers + EXTRA_MODULES >= case.spec.stages:
+        return None
+    most = preset.layers + EXTRA_MODULES
+    return Verdict(
+        Reason.TOO_FEW_LAYERS,
+        f"spec.stages: {case.spec.stages} stages for a model of {preset.layers} layers (with embedding and "
+        "head "
+        f"{most} parts); allowed: at most {most} stages; lower spec.stages, or give spec.model.preset more "
+        "layers",
+    )
+
+
+def configuration_fits(case: Case) -> Verdict | None:
+    """The worker's configuration must fit into an annotation."""
+    if case.config_bytes <= CONFIG_LIMIT_BYTES:
+        return None
+    return Verdict(
+        Reason.INVALID_SPEC,
+        f"spec.train.data.files: model and train take {case.config_bytes} bytes as JSON; allowed: "
+        f"{CONFIG_LIMIT_BYTES}; use fewer or shorter patterns",
+    )
+
+
+def template_leaves_ours_alone(case: Case) -> Verdict | None:
+    """The template must not set what belongs to the operator."""
+    problem = next(_template_problems(case.template.get("spec", {})), None)
+    return Verdict(Reason.INVALID_TEMPLATE, f"spec.template.spec.{problem}") if problem else None
+
+
+def _template_problems(pod: Manifest) -> Iterator[str]:
+    for field, why in OURS_ALONE.items():
+        if pod.get(field) and not (field == "restartPolicy" and pod[field] == "Never"):
+            yield f"{field}: cannot be set, because {why}; remove it"
+    names = [container.get("name") for container in pod.get("containers", [])]
+    if names.count(WORKER_CONTAINER) > 1:
+        yield f"containers: two are named {WORKER_CONTAINER}; allowed: one; rename the other"
+    for container in pod.get("initContainers", []):
+        if container.get("name") == WORKER_CONTAINER:
+            yield f"initContainers: the name {WORKER_CONTAINER} belongs to the stage's container; rename it"
+    for volume in pod.get("volumes", []):
+        if volume.get("name") in OUR_VOLUMES:
+            yield f"volumes: the name {volume['name']} belongs to the operator; rename it"
+    for container in pod.get("containers", []):
+        for mount in container.get("volumeMounts", []) if container.get("name") == WORKER_CONTAINER else []:
+            if mount.get("mountPath", "").rstrip("/") in OUR_MOUNT_PATHS:
+                path = mount["mountPath"]
+                yield f"containers: the worker's mount path {path} belongs to the operator; use another"
+    if any(gate.get("name") == GATE for gate in pod.get("schedulingGates", [])):
+        yield f"schedulingGates: {GATE} belongs to the operator; remove it"
+
+
+def claim_can_be_shared(case: Case) -> Verdict | None:
+    """A claim that only one pod may mount serves one stage."""
+    if case.claim is None or not case.claim.one_pod or case.spec.stages == 1:
+        return None
+    return Verdict(
+        Reason.CLAIM_ACCESS_MODE,
+        f"spec.checkpoint.volumeClaimName: claim {case.claim.name} has the access mode ReadWriteOncePod, but "
+        f"{case.spec.stages} stage pods mount it; allowed: ReadWriteMany, or ReadWriteOnce with all stages "
+        "on one node",
+    )
+
+
+CHAIN: tuple[Callable[[Case], Verdict | None], ...] = (
+    enough_layers,
+    configuration_fits,
+    template_leaves_ours_alone,
+    claim_can_be_shared,
+)

@@ -1,0 +1,194 @@
+"""What the rules decide on: plain values, read from manifests, without any of their depth."""
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipelinejob_operator.build.names import (
+    ATTEMPT_LABEL,
+    GATE,
+    MEMBERSHIP_ANNOTATION,
+    STAGE_LABEL,
+    STAGES_LABEL,
+)
+from pipelinejob_worker.protocol import WORKER_CONTAINER, ExitCode, Termination
+
+Manifest = dict[str, Any]
+"""A Kubernetes object as the API server sends it."""
+
+LOG_LINES = 32
+LOG_LINE_CHARACTERS = 1024
+
+
+def parse_time(text: str | None) -> datetime | None:
+    """Read an RFC 3339 time of the API server; None stays None."""
+    return datetime.fromisoformat(text) if text else None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the worker container of a stage ended."""
+
+    exit_code: int
+    at: datetime | None
+    reason: str = ""
+    message: str = ""
+    step: int = 0
+    log_tail: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, terminated: Manifest) -> "Ended":
+        """Read ``state.terminated``; the message is an agent's ``Termination``, or else the end of the
+        log.
+        """
+        code, at = int(terminated.get("exitCode", 0)), parse_time(terminated.get("finishedAt"))
+        reason, text = terminated.get("reason", ""), terminated.get("message", "")
+        try:
+            told = Termination.model_validate(json.loads(text))
+        except (ValueError, ValidationError):
+            return cls(code, at, reason, "", 0, _tail(text.splitlines()))
+        # The kubelet knows of an OOM kill, the agent does not; of all else the agent knows more.
+        reason = reason if reason == "OOMKilled" else told.reason
+        return cls(code, at, reason, told.message, told.step, _tail(told.log_tail))
+
+
+def _tail(lines: list[str]) -> tuple[str, ...]:
+    kept = [line.rstrip()[:LOG_LINE_CHARACTERS] for line in lines if line.strip()]
+    return tuple(kept[-LOG_LINES:])
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Why the worker container of a stage does not start."""
+
+    reason: str
+    message: str
+    image: str
+
+
+@dataclass(frozen=True)
+class StagePod:
+    """One stage's pod."""
+
+    name: str
+    uid: str
+    stage: int
+    stages: int
+    attempt: int
+    node: str = ""
+    address: str = ""
+    phase: str = "Pending"
+    reason: str = ""
+    message: str = ""
+    ready: bool = False
+    scheduled: bool = False
+    unschedulable: str = ""
+    gate: int | None = None
+    """Index of our scheduling gate, if it is still closed."""
+    membership: str | None = None
+    """The annotation; None where the pod lacks it."""
+    gone_by: datetime | None = None
+    """When the pod should be gone, once its deletion was asked for."""
+    disruption: str = ""
+    """Reason of the condition DisruptionTarget: who evicted or preempted it."""
+    ended: Ended | None = None
+    waiting: Waiting | None = None
+    started: bool = False
+
+    @property
+    def terminating(self) -> bool:
+        """Whether somebody deleted it and it is not gone yet."""
+        return self.gone_by is not None
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether its worker container ended with exit code 0."""
+        return self.ended is not None and self.ended.exit_code == ExitCode.SUCCEEDED
+
+    @classmethod
+    def read(cls, manifest: Manifest) -> "StagePod":
+        """Read a pod that carries our labels; raises KeyError or ValueError for one that does not."""
+        meta, spec, status = manifest["metadata"], manifest.get("spec", {}), manifest.get("status", {})
+        labels = meta["labels"]
+        conditions = {item["type"]: item for item in status.get("conditions", [])}
+        bound = conditions.get("PodScheduled", {})
+        worker = next(
+            (item for item in status.get("containerStatuses", []) if item["name"] == WORKER_CONTAINER),
+            Manifest(),
+        )
+        state = worker.get("state", {})
+        disruption = conditions.get("DisruptionTarget", {})
+        gates = [gate["name"] for gate in spec.get("schedulingGates", [])]
+        return cls(
+            name=meta["name"],
+            uid=meta["uid"],
+            stage=int(labels[STAGE_LABEL]),
+            stages=int(labels[STAGES_LABEL]),
+            attempt=int(labels[ATTEMPT_LABEL]),
+            node=spec.get("nodeName", ""),
+            address=status.get("podIP", ""),
+            phase=status.get("phase", "Pending"),
+            reason=status.get("reason", ""),
+            message=status.get("message", ""),
+            ready=conditions.get("Ready", {}).get("status") == "True",
+            scheduled=bool(spec.get("nodeName")),
+            unschedulable=bound.get("message", "") if bound.get("reason") == "Unschedulable" else "",
+            gate=gates.index(GATE) if GATE in gates else None,
+            membership=meta.get("annotations", {}).get(MEMBERSHIP_ANNOTATION),
+            gone_by=parse_time(meta.get("deletionTimestamp")),
+            disruption=disruption.get("reason", "") if disruption.get("status") == "True" else "",
+            ended=Ended.read(state["terminated"]) if "terminated" in state else None,
+            waiting=_waiting(status),
+            started="running" in state,
+        )
+
+
+def _waiting(status: Manifest) -> Waiting | None:
+    """Find the first container, ours or the user's, that the kubelet cannot start."""
+    for item in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
+        if waiting := item.get("state", {}).get("waiting"):
+            return Waiting(waiting.get("reason", ""), waiting.get("message", ""), item.get("image", ""))
+    return None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The checkpoint claim, as far as it exists."""
+
+    name: str
+    access_modes: frozenset[str]
+
+    @property
+    def one_node(self) -> bool:
+        """Whether only pods of one node can mount it."""
+        return not self.access_modes & {"ReadWriteMany", "ReadOnlyMany"}
+
+    @property
+    def one_pod(self) -> bool:
+        """Whether only one pod can mount it."""
+        return self.access_modes == {"ReadWriteOncePod"}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The failure that came first, in the words of ``status.firstFailure``."""
+
+    stage: int
+    node: str
+    pod: str
+    exit_code: int
+    reason: str
+    message: str = ""
+    step: int = 0
+    log_tail: tuple[str, ...] = ()
+
+    def sentence(self) -> str:
+        """Say in one line which stage failed, where, and how."""
+        where = f" on node {self.node}" if self.node else ""
+        how = f" with exit code {self.exit_code}" if self.exit_code else ""
+        detail = f": {self.message}" if self.message else ""
+        log = f"; last log lines: {' | '.join(self.log_tail[-3:])}" if self.log_tail else ""
+        return f"stage {self.stage} (pod {self.pod}){where} failed{how} ({self.reason}){detail}{log}"

@@ -1,0 +1,147 @@
+"""Every condition and reason that a PipelineJob can show, with its meaning: the documentation is made from
+here.
+"""
+
+from enum import StrEnum
+from typing import Literal, NamedTuple, Self
+
+ConditionStatus = Literal["True", "False", "Unknown"]
+
+
+class ConditionType(StrEnum):
+    """The conditions of a PipelineJob; all are present from the operator's first visit."""
+
+    def __new__(cls, value: str, meaning: str = "") -> Self:
+        """Attach the meaning as the member's docstring."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.__doc__ = meaning
+        return member
+
+    ACCEPTED = "Accepted", "The spec can run; False names the field and the cure, and nothing runs."
+    PLACED = "Placed", "Every stage pod of the present attempt exists and has a node."
+    RUNNING = "Running", "Every stage is ready: the pipeline works on steps."
+    SUSPENDED = "Suspended", "spec.suspend is set and no stage pod is left."
+    SUCCEEDED = "Succeeded", "Unknown while the job is active; True or False is final."
+
+
+class Reason(StrEnum):
+    """Why a condition has its status."""
+
+    def __new__(cls, value: str, meaning: str = "") -> Self:
+        """Attach the meaning as the member's docstring."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.__doc__ = meaning
+        return member
+
+    # Accepted
+    VALID = "Valid", "Every rule is met."
+    TOO_FEW_LAYERS = (
+        "TooFewLayers",
+        "The model has fewer layers than stages. Lower spec.stages, or give the model more layers.",
+    )
+    INVALID_TEMPLATE = (
+        "InvalidTemplate",
+        "spec.template sets something that belongs to the operator. The message names the field; remove it.",
+    )
+    INVALID_SPEC = (
+        "InvalidSpec",
+        "The spec breaks a rule that the API server could not check. The message names the field and what is "
+        "allowed.",
+    )
+    CLAIM_ACCESS_MODE = (
+        "ClaimAccessMode",
+        "The checkpoint claim is ReadWriteOncePod, which one pod alone may mount. Use ReadWriteMany, or one "
+        "stage.",
+    )
+    # Placed
+    PLACED = "AllStagesPlaced", "Every stage pod has a node."
+    CREATING = "Creating", "Stage pods are being created; none may start before all exist."
+    SCHEDULING = "Scheduling", "All stage pods exist; kube-scheduler has not answered for all of them yet."
+    UNSCHEDULABLE = (
+        "Unschedulable",
+        "kube-scheduler finds no node for a stage. The message holds its words; free or add capacity, or ask "
+        "for less.",
+    )
+    VOLUME_CLAIM_NOT_FOUND = (
+        "VolumeClaimNotFound",
+        "The claim of spec.checkpoint.volumeClaimName does not exist. Create it; the job looks again by "
+        "itself.",
+    )
+    QUOTA_EXCEEDED = (
+        "QuotaExceeded",
+        "A ResourceQuota refuses a stage pod; those that were created are released. Raise the quota or ask "
+        "for less.",
+    )
+    LIMIT_RANGE_EXCEEDED = (
+        "LimitRangeExceeded",
+        "A LimitRange refuses a stage pod. Set resources of the container worker in spec.template within its "
+        "limits.",
+    )
+    POD_SECURITY_VIOLATION = (
+        "PodSecurityViolation",
+        "The namespace's pod security level refuses a stage pod. Remove from spec.template what the message "
+        "names.",
+    )
+    NAME_TAKEN = (
+        "NameTaken",
+        "An object with the name of one of the job's own exists and belongs to another owner. Delete it.",
+    )
+    POD_REFUSED = (
+        "PodRefused",
+        "The API server refuses a stage pod or another object of the job. The message holds its words.",
+    )
+    NOT_STARTED = "NotStarted", "Nothing has been created yet."
+    # Running
+    RUNNING = "AllStagesReady", "Every stage is ready."
+    STARTING = "Starting", "Some stages are not ready yet."
+    NOT_PLACED = "NotPlaced", "Some stages have no node yet; see the condition Placed."
+    IMAGE_PULL_FAILED = (
+        "ImagePullFailed",
+        "A node cannot pull the image of a stage. Mend the image name, the registry, or imagePullSecrets.",
+    )
+    CONTAINER_CONFIG_ERROR = (
+        "ContainerConfigError",
+        "The kubelet cannot make the container of a stage, for instance because a Secret that it names is "
+        "missing.",
+    )
+    FAILURE_SEEN = (
+        "FailureSeen",
+        "A stage lost a peer; the operator waits a few seconds for the cause to show.",
+    )
+    DRAINING = (
+        "Draining",
+        "A stage pod is being deleted by someone else, such as a node drain; the gang follows it.",
+    )
+    RESTARTING = "Restarting", "A stage failed; the whole gang is replaced after a back-off."
+    REPLACING = (
+        "Replacing",
+        "The gang is replaced, not because of a failure: other stages, a resume, or a drained node.",
+    )
+    # Suspended
+    NOT_SUSPENDED = "NotSuspended", "spec.suspend is not set."
+    SUSPENDED = "Suspended", "spec.suspend is set and no stage pod is left."
+    STOPPING = "Stopping", "The stage pods have been told to stop and are on their way out."
+    # Succeeded
+    ACTIVE = "Active", "The job has not finished."
+    ALL_STAGES_SUCCEEDED = "AllStagesSucceeded", "Every stage ended with exit code 0."
+    INVALID_CONFIGURATION = (
+        "InvalidConfiguration",
+        "A stage found the model, the data or the volume unfit for the job. Another try cannot help.",
+    )
+    RESTART_BUDGET_SPENT = (
+        "RestartBudgetSpent",
+        "More failures than spec.recovery.maxRestarts within windowSeconds. The message names the first one.",
+    )
+    DEADLINE_EXCEEDED = "DeadlineExceeded", "The job was active for longer than spec.activeDeadlineSeconds."
+    # More than one
+    FINISHED = "Finished", "The job has finished."
+    NOT_ACCEPTED = "NotAccepted", "The spec is not accepted; see the condition Accepted."
+
+
+class Verdict(NamedTuple):
+    """What a rule found: why, in one word and in one line."""
+
+    reason: Reason
+    message: str

@@ -1,0 +1,1 @@
+"""The pipeline itself: process group, partition, stage and schedule."""

@@ -1,0 +1,1 @@
+"""What survives a worker: checkpoints and the history of losses."""

@@ -1,0 +1,148 @@
+"""The process group of the stages: rendezvous, the one collective that the worker needs, and lost peers."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import distributed
+
+from pipelinejob_worker.protocol import Env, Membership
+
+RENDEZVOUS_LIMIT = timedelta(minutes=5)
+"""How long a stage waits for the others to appear."""
+
+SILENCE_LIMIT = timedelta(minutes=10)
+"""How long a stage waits for a message of another before it takes it for lost."""
+
+_LINK_ERROR = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|application timeout|timed out|socket",
+    re.IGNORECASE,
+)
+
+
+class PeerLostError(Exception):
+    """A link to another stage broke; this stage itself is well."""
+
+
+def prepare_device() -> torch.device:
+    """Choose this process's device and pin what changes the bits of a result.
+
+    The number of threads is part of a job's numerical identity (another count sums in another order), so it
+    comes from ``OMP_NUM_THREADS`` or is 1, never from the pod's CPU limit.
+    """
+    torch.set_num_threads(int(os.environ.get(Env.THREADS) or 1))
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # cuBLAS is deterministic only with a fixed workspace
+    torch.use_deterministic_algorithms(True)
+    device = torch.device("cuda", int(os.environ.get(Env.LOCAL_RANK) or 0))
+    torch.cuda.set_device(device)
+    return device
+
+
+@dataclass(frozen=True)
+class Group:
+    """This stage's place in the group. Methods are collective: all stages call them in the same order."""
+
+    stage: int
+    stages: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this stage reads the inputs."""
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether this stage computes the loss."""
+        return self.stage == self.stages - 1
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the element-wise sum over the stages, on the CPU.
+
+        Where all stages but one hold zero the sum is exact, in any order: that is how values are exchanged.
+        """
+        total = values.to(self.device)
+        distributed.all_reduce(total)
+        return total.cpu()
+
+    def gather(self, *values: int) -> list[list[int]]:
+        """Return the ``values`` of every stage, in stage order; integers of 64 bits."""
+        table = torch.zeros(self.stages, len(values), dtype=torch.int64)
+        table[self.stage] = torch.tensor(values, dtype=torch.int64)
+        rows: list[list[int]] = self.sum(table).tolist()
+        return rows
+
+    def agree(self, mine: bool) -> bool:
+        """Whether all stages say yes."""
+        return all(row == [1] for row in self.gather(int(mine)))
+
+
+@contextmanager
+def joined(membership: Membership, device: torch.device) -> Iterator[Group]:
+    """Meet the other stages at the master's store and form the group; leave it at the end.
+
+    NCCL connects CUDA devices, gloo everything else. An error of a link to another stage, here or inside the
+    block, is raised as PeerLostError. The group is left before that, so that the stages on either side notice
+    at once: with gloo the failure then runs along the pipeline in about 10 ms a stage.
+    """
+    stage, stages = membership.stage, membership.stages
+    try:
+        store = distributed.TCPStore(  # type: ignore[attr-defined]
+            "localhost" if stage == 0 else membership.master_address,
+            membership.master_port,
+            world_size=stages,
+            is_master=stage == 0,
+            timeout=RENDEZVOUS_LIMIT,
+        )
+        distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=distributed.PrefixStore(f"epoch-{membership.epoch}", store),  # type: ignore[attr-defined]
+            rank=stage,
+            world_size=stages,
+            timeout=SILENCE_LIMIT,
+        )
+        yield Group(stage, stages, device)
+    except Exception as error:
+        if is_link_error(error):
+            raise PeerLostError(
+                f"stage {stage} lost a link to another stage: {_first_line(error)}"
+            ) from error
+        raise
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def is_link_error(error: BaseException) -> bool:
+    """Whether ``error``, or what it was raised from, is torch's way to say that a stage cannot be reached.
+
+    gloo raises plain RuntimeErrors, hence the look at the text. A port that is taken is this stage's own
+    failure.
+    """
+    chain = list(_chain(error))
+    if any("EADDRINUSE" in str(link) or isinstance(link, torch.OutOfMemoryError) for link in chain):
+        return False
+    return any(
+        isinstance(link, distributed.DistError | PeerLostError)
+        or (isinstance(link, RuntimeError) and _LINK_ERROR.search(str(link)) is not None)
+        for link in chain
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _first_line(error: BaseException) -> str:
+    root: Sequence[BaseException] = list(_chain(error))
+    return str(root[-1]).strip().splitlines()[0] if str(root[-1]).strip() else type(root[-1]).__name__

@@ -1,0 +1,66 @@
+"""Why an agent ends: the exit code and the termination message. Pure."""
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipelinejob_worker.link import Failed
+from pipelinejob_worker.protocol import TERMINATION_LIMIT_BYTES, ExitCode, Progress, Termination
+
+MESSAGE_CHARACTERS = 1024
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Exit code, CamelCase reason and one line for humans."""
+
+    code: int
+    reason: str
+    message: str
+
+
+def of_worker(code: int, failure: Failed | None, progress: Progress) -> Ending:
+    """Return what the end of the worker process means.
+
+    ``code`` is its exit code, negative for a signal; ``failure`` what it told before, if it could;
+    ``progress`` how far it was: a process that exits with 0 before its last step has not succeeded.
+    """
+    if code < 0:
+        name = signal.Signals(-code).name
+        cause = "; the kernel does that when memory is out" if -code == signal.SIGKILL else ""
+        return Ending(128 - code, "Signal", f"the worker process was killed by {name}{cause}")
+    if failure:
+        return Ending(code, failure.reason, failure.message)
+    if code == ExitCode.DRAINED:
+        return Ending(code, "Drained", f"stopped after step {progress.step} as asked")
+    if code != ExitCode.SUCCEEDED:
+        return Ending(code, "Error", f"the worker process exited with code {code}")
+    if progress.total_steps == 0 or progress.step < progress.total_steps:
+        return Ending(
+            1,
+            "Error",
+            f"the worker process exited with code 0 after step {progress.step} of {progress.total_steps}",
+        )
+    return Ending(code, "Succeeded", f"all {progress.total_steps} steps are done")
+
+
+def termination(stage: int, ending: Ending, step: int, tail: Sequence[str]) -> bytes:
+    """Render the termination message; the oldest lines of ``tail`` that do not fit the limit are dropped."""
+    message = ending.message[:MESSAGE_CHARACTERS]
+    lines = list(tail)
+    while True:
+        rendered = Termination(
+            stage=stage,
+            exit_code=ending.code,
+            reason=ending.reason,
+            message=message,
+            step=step,
+            log_tail=lines,
+        )
+        content = rendered.to_json().encode()
+        if len(content) <= TERMINATION_LIMIT_BYTES:
+            return content
+        if lines:
+            lines.pop(0)
+        else:
+            message = message[: len(message) // 2]

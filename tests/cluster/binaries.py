@@ -32,8 +32,9 @@ OTHERS = (
 )
 CNI_PLUGINS = tuple(
     f"github.com/containernetworking/plugins/plugins/{name}"
-    for name in ("ipam/host-local", "main/bridge", "main/loopback", "meta/portmap")
+    for name in ("ipam/host-local", "main/bridge", "main/loopback")
 )
+PAUSE = "./pause"
 KWOK = "sigs.k8s.io/kwok/cmd/kwok"
 
 
@@ -62,9 +63,9 @@ def _build(target: Path) -> None:
     ):
         go_build(TOOLS, target, KUBERNETES_FLAGS, *KUBERNETES, log=log)
     with progress.step(
-        "building CoreDNS, helm and the CNI plugins", key="tools", usual="about 2 min on 2 cores"
+        "building CoreDNS, helm, pause and the CNI plugins", key="tools", usual="about 2 min on 2 cores"
     ):
-        go_build(TOOLS, target, STRIP, *OTHERS, log=log)
+        go_build(TOOLS, target, STRIP, *OTHERS, PAUSE, log=log)
         go_build(TOOLS, target / "cni", STRIP, *CNI_PLUGINS, log=log)
 
 
@@ -74,7 +75,8 @@ def ensure() -> Path:
     The CNI plugins are in its subdirectory ``cni``.
     """
     recipe = repr((KUBERNETES_FLAGS, KUBERNETES, ETCD, OTHERS, CNI_PLUGINS))
-    return cache.ensure("binaries", cache.digest(TOOLS / "go.mod", TOOLS / "go.sum", recipe), _build)
+    inputs = (TOOLS / "go.mod", TOOLS / "go.sum", TOOLS / "pause" / "main.go")
+    return cache.ensure("binaries", cache.digest(*inputs, recipe), _build)
 
 
 def ensure_kwok() -> Path:

@@ -16,9 +16,7 @@ def digest(*inputs: str | bytes | Path) -> str:
     """Return a short hash of texts and of files' contents."""
     total = hashlib.sha256()
     for item in inputs:
-        data = (
-            item.read_bytes() if isinstance(item, Path) else item.encode() if isinstance(item, str) else item
-        )
+        data = item.read_bytes() if isinstance(item, Path) else item.encode() if isinstance(item, str) else item
         total.update(hashlib.sha256(data).digest())
     return total.hexdigest()[:16]
 

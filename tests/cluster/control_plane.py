@@ -48,9 +48,7 @@ def free_port() -> int:
 
 def answers(url: str, context: ssl.SSLContext | None = None) -> bool:
     """Say whether a GET of this loopback URL is answered with 200."""
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
     try:
         with opener.open(url, timeout=ANSWER_SECONDS) as response:
             return bool(response.status == 200)
@@ -82,11 +80,15 @@ class Configuration:
     arguments: tuple[str, ...] = ()
     """Further arguments, verbatim."""
 
+    def gate_flags(self) -> tuple[str, ...]:
+        """Return the argument that sets the feature gates, if there are any."""
+        gates = ",".join(f"{name}={str(on).lower()}" for name, on in sorted(self.feature_gates.items()))
+        return (f"--feature-gates={gates}",) if gates else ()
+
     def flags(self) -> tuple[str, ...]:
         """Return the arguments of the API server that say this."""
-        gates = ",".join(f"{name}={str(on).lower()}" for name, on in sorted(self.feature_gates.items()))
         return (
-            *((f"--feature-gates={gates}",) if gates else ()),
+            *self.gate_flags(),
             *((f"--runtime-config={','.join(self.runtime_config)}",) if self.runtime_config else ()),
             *self.arguments,
         )
@@ -206,7 +208,7 @@ class ControlPlane:
         self.stop()
 
 
-def save(configuration: Configuration, target: Path) -> None:
+def save_configuration(configuration: Configuration, target: Path) -> None:
     """Keep a configuration for a later run of Python."""
     target.write_text(
         json.dumps(
@@ -219,7 +221,7 @@ def save(configuration: Configuration, target: Path) -> None:
     )
 
 
-def load(source: Path) -> Configuration:
-    """Read what ``save`` kept."""
+def load_configuration(source: Path) -> Configuration:
+    """Read what ``save_configuration`` kept."""
     kept = json.loads(source.read_text())
     return Configuration(kept["feature_gates"], tuple(kept["runtime_config"]), tuple(kept["arguments"]))

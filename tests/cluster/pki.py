@@ -2,6 +2,7 @@
 
 import base64
 import json
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,13 +54,9 @@ class Authority:
             )
         if not self.account_public_key.exists():
             commands.run("openssl", "genpkey", "-algorithm", *CURVE, "-out", self.account_key)
-            commands.run(
-                "openssl", "pkey", "-in", self.account_key, "-pubout", "-out", self.account_public_key
-            )
+            commands.run("openssl", "pkey", "-in", self.account_key, "-pubout", "-out", self.account_public_key)
 
-    def sign(
-        self, name: str, user: str, group: str = "", addresses: tuple[str, ...] = ()
-    ) -> tuple[Path, Path]:
+    def sign(self, name: str, user: str, group: str = "", addresses: tuple[str, ...] = ()) -> tuple[Path, Path]:
         """Return certificate and key for a user of a group, valid for ``DNS:x`` and ``IP:y`` addresses."""
         certificate, key = self.directory / f"{name}.crt", self.directory / f"{name}.key"
         if certificate.exists():
@@ -80,7 +77,7 @@ class Authority:
                 self.certificate,
                 "-CAkey",
                 self.directory / "ca.key",
-                "-CAcreateserial",
+                *("-set_serial", f"0x{secrets.token_hex(8)}"),
                 "-out",
                 partial,
             ),
@@ -90,7 +87,7 @@ class Authority:
 
     def kubeconfig(self, target: Path, server: str, user: str, group: str = "") -> Path:
         """Write a kubeconfig with which a user of a group speaks to ``server``, and return its path."""
-        certificate, key = self.sign(f"client-{target.stem}", user, group)
+        certificate, key = self.sign(f"client-{user.replace(':', '-')}", user, group)
 
         def data(file: Path) -> str:
             return base64.b64encode(file.read_bytes()).decode()

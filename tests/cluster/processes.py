@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ def running(pid: int) -> bool:
     """Say whether a process exists and has not ended. One of our own children that has ended is reaped."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        threads = len(os.listdir(f"/proc/{pid}/task"))
+        threads = sum(1 for _ in Path(f"/proc/{pid}/task").iterdir())
     except (FileNotFoundError, ProcessLookupError):
         return False
     if state not in "ZX" or threads > 1:  # the first thread may end before the others
@@ -45,16 +45,33 @@ def running(pid: int) -> bool:
     return False
 
 
-def descendants_of(home: Path) -> list[int]:
-    """Return the processes that any program of this home left running, the programs themselves included."""
+def marked(home: Path, names: Collection[str] = ()) -> list[int]:
+    """Return the programs of a home, or those with these names, and whatever of their children carries the mark."""
     pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-    mark = f"{HOME_MARK}={home}"
-    return [pid for pid in pids if pid != os.getpid() and _carries(pid, mark) and running(pid)]
+    home_mark, name_marks = f"{HOME_MARK}={home}", [f"{NAME_MARK}={name}" for name in names]
+    return [
+        pid
+        for pid in pids
+        if pid != os.getpid()
+        and _carries(pid, home_mark)
+        and (not names or any(_carries(pid, mark) for mark in name_marks))
+        and running(pid)
+    ]
 
 
-def end(
-    pids: Iterable[int], *, first: signal.Signals = signal.SIGTERM, seconds: float = STOP_SECONDS
-) -> None:
+def kill_all(find: Callable[[], Collection[int]], seconds: float = STOP_SECONDS) -> None:
+    """Kill what ``find`` returns until it returns nothing: processes may start others before they die."""
+    end_at = time.monotonic() + seconds
+    while left := find():
+        if time.monotonic() > end_at:
+            raise ClusterError(f"processes {sorted(left)} do not die; look at them with `ps`")
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+
+
+def end(pids: Iterable[int], *, first: signal.Signals = signal.SIGTERM, seconds: float = STOP_SECONDS) -> None:
     """End processes: ask first, kill what is still there after ``seconds``, wait until all are gone."""
     left = list(pids)
     for sign, patience in ((first, seconds), (signal.SIGKILL, STOP_SECONDS)):

@@ -34,8 +34,10 @@ CONTROLLER_MANAGER_PORT = 10257
 SCHEDULER_PORT = 10259
 PROXY_HEALTH_PORT = 10256
 PROXY_METRICS_PORT = 10249
-KUBELET_BASE_PORT = 11250
-"""The kubelet of node n listens on this plus 2n, its health check on the port after it."""
+DNS_READY_PORT = 8181
+KUBELET_PORT = 10250
+KUBELET_HEALTH_PORT = 10248
+"""The kubelet of node n listens on 10.244.n.1."""
 
 MAX_NODES = 60
 """Each node owns 10.244.n.2 to 10.244.n.250."""

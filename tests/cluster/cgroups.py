@@ -1,0 +1,61 @@
+"""The nodes' control groups: where their pods' processes are found, and what ``down`` removes. Versions 1 and 2."""
+
+from pathlib import Path
+
+from tests.cluster import settings
+
+ROOT = Path("/sys/fs/cgroup")
+CONTROLLERS = ("cpu", "cpuset", "hugetlb", "io", "memory", "pids")
+
+
+def _unified() -> bool:
+    return (ROOT / "cgroup.controllers").exists()
+
+
+def _roots() -> list[Path]:
+    """Return where the cluster's group is, or would be: one place in version 2, one a controller in version 1."""
+    hierarchies = [ROOT] if _unified() else [path for path in ROOT.iterdir() if (path / "cgroup.procs").exists()]
+    return [hierarchy / settings.CGROUP for hierarchy in hierarchies]
+
+
+def _delegate(group: Path) -> None:
+    offered = (group / "cgroup.controllers").read_text().split()
+    for controller in set(CONTROLLERS).intersection(offered):
+        (group / "cgroup.subtree_control").write_text(f"+{controller}")
+
+
+def create(node: str) -> str:
+    """Make the group of a node and return its name as a kubelet knows it."""
+    for root in _roots():
+        group = root / node
+        if _unified():
+            root.mkdir(exist_ok=True)
+            _delegate(ROOT)
+            _delegate(root)
+        group.mkdir(parents=True, exist_ok=True)
+        if not _unified() and root.parent.name == "cpuset":
+            for level in (root, group):  # empty ones can hold no process
+                for file in ("cpuset.cpus", "cpuset.mems"):
+                    (level / file).write_text((level.parent / file).read_text())
+    return f"/{settings.CGROUP}/{node}"
+
+
+def processes(node: str = "") -> list[int]:
+    """Return the processes in a node's group, or in all of the cluster's."""
+    pids: set[int] = set()
+    for root in _roots():
+        for file in (root / node).glob("**/cgroup.procs"):
+            try:
+                pids.update(int(line) for line in file.read_text().split())
+            except OSError:  # the group went away, or is threaded: its domain lists the process
+                continue
+    return sorted(pids)
+
+
+def remove(node: str = "") -> None:
+    """Remove the group of a node, or of the cluster, and all below; no process may be left in it."""
+    for root in _roots():
+        top = root / node
+        groups = [path.parent for path in top.glob("**/cgroup.procs")]
+        for group in sorted(groups, key=lambda path: len(path.parts), reverse=True):
+            group.rmdir()

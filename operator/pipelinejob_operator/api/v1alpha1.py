@@ -6,11 +6,10 @@ here; what it cannot say is checked by ``policy/acceptance.py`` and becomes the 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
-
 from pipelinejob_worker.protocol import Checkpoint, Env, Model, Train
 from pipelinejob_worker.protocol.base import Wire
 from pipelinejob_worker.protocol.job import cel
+from pydantic import ConfigDict, Field
 
 GROUP = "pipelinejob.dev"
 VERSION = "v1alpha1"
@@ -138,7 +137,10 @@ class Recovery(Wire):
     """What happens when a stage fails."""
 
     max_restarts: int = Field(
-        10, ge=0, le=100000, description="Restarts allowed within windowSeconds; one more failure ends the job."
+        10,
+        ge=0,
+        le=100000,
+        description="Restarts allowed within windowSeconds; one more failure ends the job.",
     )
     window_seconds: int = Field(3600, ge=1, le=31536000, description="Length of the window in which restarts count.")
 
@@ -172,10 +174,14 @@ class Spec(Wire):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Where and how often the state is saved.")
     recovery: Recovery = Field(default_factory=Recovery, description="What happens when a stage fails.")
     suspend: bool = Field(
-        False, description="True: the stages finish their step, save a checkpoint where a volume is set, and leave."
+        False,
+        description="True: the stages finish their step, save a checkpoint where a volume is set, and leave.",
     )
     active_deadline_seconds: int | None = Field(
-        None, ge=1, le=315360000, description="The job fails when it has been active for longer; suspended time excluded."
+        None,
+        ge=1,
+        le=315360000,
+        description="The job fails when it has been active for longer; suspended time excluded.",
     )
     ttl_seconds_after_finished: int | None = Field(
         None, ge=0, le=315360000, description="The job is deleted this long after it has finished."
@@ -329,5 +335,5 @@ PRINTER_COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("Age", ".metadata.creationTimestamp", "date", 0),
     ("Checkpoint", ".status.progress.lastCheckpointStep", "integer", 1),
     ("Schedule", ".spec.train.schedule.name", "string", 1),
-    ("Reason", ".status.conditions[?(@.type==\"Running\")].reason", "string", 1),
+    ("Reason", '.status.conditions[?(@.type=="Running")].reason', "string", 1),
 )

@@ -151,7 +151,8 @@ class Spec(Wire):
     model_config = ConfigDict(
         json_schema_extra=cel(
             (
-                "self.train.schedule.name != '1F1B' || self.train.microbatches >= self.stages",
+                f"self.stages > {MAX_STAGES} || self.train.schedule.name != '1F1B' "
+                "|| self.train.microbatches >= self.stages",
                 "'spec.train.microbatches: %d is too few for schedule 1F1B on %d stages; allowed: %d or more, or "
                 "schedule GPipe'.format([self.train.microbatches, self.stages, self.stages])",
             ),

@@ -1,0 +1,205 @@
+"""The real API server takes the CRD, fills in defaults, and refuses bad input in one line that holds the cure."""
+
+import copy
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.control_plane import ControlPlane
+
+ROOT = Path(__file__).resolve().parents[3]
+
+GOOD: dict[str, Any] = {
+    "apiVersion": "pipelinejob.dev/v1alpha1",
+    "kind": "PipelineJob",
+    "metadata": {"name": "tiny", "namespace": "default"},
+    "spec": {
+        "stages": 4,
+        "model": {"preset": {"name": "gpt", "layers": 8, "width": 256, "heads": 8, "context": 256}},
+        "train": {"data": {"files": ["/data/*.txt"]}, "steps": 200, "globalBatchSize": 32, "microbatches": 8},
+    },
+}
+
+
+class Kubectl:
+    """kubectl against one API server."""
+
+    def __init__(self, plane: ControlPlane) -> None:
+        self.command = [str(plane.binaries / "kubectl"), "--kubeconfig", str(plane.kubeconfig)]
+
+    def __call__(self, *arguments: str, stdin: Any = None) -> subprocess.CompletedProcess[str]:
+        text = None if stdin is None else json.dumps(stdin)
+        return subprocess.run([*self.command, *arguments], input=text, capture_output=True, text=True, check=False)
+
+    def refusal(self, *arguments: str, stdin: Any = None) -> str:
+        """Return the one line with which a command is refused, without the API server's note on what it left out."""
+        done = self(*arguments, stdin=stdin)
+        assert done.returncode != 0, done.stdout
+        *heading, _ = lines = done.stderr.strip().splitlines()
+        errors = (
+            [line for line in lines[1:] if "some validation rules were not checked" not in line] if heading else lines
+        )
+        (line,) = errors
+        return line
+
+    def said(self, *arguments: str, stdin: Any = None) -> str:
+        """Return what a command that must succeed prints."""
+        done = self(*arguments, stdin=stdin)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
+    with ControlPlane(tmp_path_factory.mktemp("plane")) as plane:
+        kubectl = Kubectl(plane)
+        kubectl.said("apply", "--server-side", "-f", str(ROOT / "crds"))
+        kubectl.said("wait", "--for=condition=Established", "crd/pipelinejobs.pipelinejob.dev", "--timeout=30s")
+        yield kubectl
+
+
+def job(**changes: Any) -> dict[str, Any]:
+    """A good job with some values changed; keys are paths such as spec__train__microbatches."""
+    made = copy.deepcopy(GOOD)
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        node = made
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = value
+    return made
+
+
+def worker(**container: Any) -> dict[str, Any]:
+    return {"spec": {"containers": [{"name": "worker", **container}]}}
+
+
+REFUSED = {
+    "no stages": ({"spec__stages": 0}, r"spec\.stages: Invalid value: 0: .* greater than or equal to 1"),
+    "too many stages": (
+        {"spec__stages": 10_000},
+        r"spec\.stages: Invalid value: 10000: .* less than or equal to 512",
+    ),
+    "fewer microbatches than 1F1B needs": (
+        {"spec__train__microbatches": 2},
+        r"spec\.train\.microbatches: 2 is too few for schedule 1F1B on 4 stages; allowed: 4 or more",
+    ),
+    "a batch that does not divide": (
+        {"spec__train__globalBatchSize": 30},
+        r"spec\.train\.globalBatchSize: 30 is not divisible by microbatches 8; allowed: a multiple of it",
+    ),
+    "heads that do not divide the width": (
+        {"spec__model__preset__heads": 7},
+        r"spec\.model\.preset\.heads: 7 does not divide width 256; allowed: a divisor of the width",
+    ),
+    "an unknown schedule": (
+        {"spec__train__schedule": {"name": "Zigzag"}},
+        r'spec\.train\.schedule\.name: Unsupported value: "Zigzag": supported values: "GPipe", "1F1B"',
+    ),
+    "an unknown field": ({"spec__stagse": 4}, r'unknown field "spec\.stagse"'),
+    "a reserved environment name": (
+        {"spec__template": worker(env=[{"name": "FINE", "value": "1"}, {"name": "MASTER_ADDR", "value": "x"}])},
+        r"spec\.template: environment name MASTER_ADDR is set by the operator; allowed: any name but .*WORLD_SIZE",
+    ),
+    "a model from nowhere": ({"spec__model": {}}, r"spec\.model: no source is set; allowed: preset"),
+    "a learning rate that is no number": (
+        {"spec__train__optimizer": {"learningRate": "fast"}},
+        r'spec\.train\.optimizer\.learningRate: Invalid value: "fast": .* should match',
+    ),
+    "a name too long for pods": (
+        {"metadata__name": "a" * 41},
+        r"metadata\.name: a{41} cannot name the pods; allowed: at most 40 characters of a-z, 0-9 and -",
+    ),
+    "an NCCL variable of another kind": (
+        {"spec__network": {"nccl": [{"name": "LD_PRELOAD", "value": "x"}]}},
+        r'spec\.network\.nccl\[0\]\.name: Invalid value: "LD_PRELOAD": .* should match',
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_input_is_refused_in_one_line(kubectl: Kubectl, changes: dict[str, Any], said: str) -> None:
+    line = kubectl.refusal("create", "--dry-run=server", "-f", "-", stdin=job(**changes))
+    assert re.search(said, line), line
+
+
+@pytest.mark.parametrize("schedule", ["GPipe", "1F1B"])
+def test_good_input_is_taken(kubectl: Kubectl, schedule: str) -> None:
+    kubectl.said("create", "--dry-run=server", "-f", "-", stdin=job(spec__train__schedule={"name": schedule}))
+
+
+def test_gpipe_takes_fewer_microbatches_than_stages(kubectl: Kubectl) -> None:
+    few = job(spec__train__schedule={"name": "GPipe"}, spec__train__microbatches=2)
+    kubectl.said("create", "--dry-run=server", "-f", "-", stdin=few)
+
+
+def test_the_template_keeps_what_the_schema_does_not_know(kubectl: Kubectl) -> None:
+    template = worker(image="mine", resources={"requests": {"cpu": "2"}}, env=[{"name": "A", "valueFrom": {}}])
+    template["spec"]["tolerations"] = [{"operator": "Exists"}]
+    made = kubectl.said("create", "--dry-run=server", "-o", "json", "-f", "-", stdin=job(spec__template=template))
+    assert json.loads(made)["spec"]["template"] == template
+
+
+def test_every_example_is_taken(kubectl: Kubectl) -> None:
+    assert kubectl.said("apply", "--dry-run=server", "-f", str(ROOT / "examples"), "-n", "default")
+
+
+@pytest.fixture
+def made(kubectl: Kubectl) -> Iterator[None]:
+    kubectl.said("create", "-f", "-", stdin=GOOD)
+    yield
+    kubectl.said("delete", "pj", "tiny")
+
+
+@pytest.mark.usefixtures("made")
+class TestUpdate:
+    """Some fields follow the user's wish while the job runs, the others cannot change."""
+
+    def test_stages_scale_within_the_rules(self, kubectl: Kubectl) -> None:
+        assert "scaled" in kubectl.said("scale", "pj/tiny", "--replicas=2")
+        line = kubectl.refusal("scale", "pj/tiny", "--replicas=9")
+        assert "8 is too few for schedule 1F1B on 9 stages; allowed: 9 or more" in line
+
+    @pytest.mark.parametrize(
+        ("patch", "field"),
+        [
+            ({"train": {"steps": 7}}, "train"),
+            ({"model": {"preset": {"width": 512}}}, "model"),
+            ({"template": worker(image="other")}, "template"),
+            ({"gpu": {"count": 0}}, "gpu"),
+            ({"network": {"networkPolicy": "Disabled"}}, "network"),
+            ({"placement": {"topologyLevels": ["rack"]}}, "placement"),
+        ],
+    )
+    def test_the_rest_is_immutable(self, kubectl: Kubectl, patch: dict[str, Any], field: str) -> None:
+        line = kubectl.refusal("patch", "pj/tiny", "--type=merge", "-p", json.dumps({"spec": patch}))
+        assert f"spec.{field}: cannot change after creation; delete the job and create it anew" in line
+
+    @pytest.mark.parametrize(
+        "patch",
+        [
+            {"suspend": True},
+            {"checkpoint": {"everySteps": 5}},
+            {"recovery": {"maxRestarts": 0}},
+            {"activeDeadlineSeconds": 5},
+            {"ttlSecondsAfterFinished": 5},
+            {"podCleanupPolicy": "All"},
+        ],
+    )
+    def test_wishes_may_change(self, kubectl: Kubectl, patch: dict[str, Any]) -> None:
+        assert "patched" in kubectl.said("patch", "pj/tiny", "--type=merge", "-p", json.dumps({"spec": patch}))
+
+    def test_columns(self, kubectl: Kubectl) -> None:
+        header, _ = kubectl.said("get", "pj").splitlines()
+        assert " ".join(header.split()) == "NAME MODE STAGES STATE STEP PROGRESS LOSS TOKENS/S BUBBLE RESTARTS AGE"
+
+
+def test_explain_describes_every_field(kubectl: Kubectl) -> None:
+    text = kubectl.said("explain", "pj.spec", "--recursive")
+    for field in ("stages", "globalBatchSize", "volumeClaimName", "maxRestarts", "topologyLevels"):
+        assert field in text

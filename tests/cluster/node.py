@@ -23,16 +23,17 @@ CNI_NETWORK = "pipelinejob-cluster"
 NAMESPACE_SCRIPT = """
 set -eu
 scratch=$1 state=$2 run=$3 ready=$4
+mount='mount --no-mtab' # its table is in the /run that is replaced
 replace() { # make $1 a fresh directory that holds $2 alone
-    mount -t tmpfs tmpfs "$scratch"
+    $mount -t tmpfs tmpfs "$scratch"
     mkdir "$scratch/${2##*/}"
-    mount --bind "$2" "$scratch/${2##*/}"
-    mount --move "$scratch" "$1"
+    $mount --bind "$2" "$scratch/${2##*/}"
+    $mount --move "$scratch" "$1"
 }
-mount -t tmpfs tmpfs /var/log
+$mount -t tmpfs tmpfs /var/log
 replace /var/lib "$state"
 replace /run "$run"
-mount --make-rshared /
+$mount --make-rshared /
 touch "$ready"
 exec sleep infinity
 """

@@ -174,7 +174,8 @@ class Program:
         """
 
         def look() -> bool:
-            if self.pid is None:
+            # Not ``pid``: wrappers such as nsenter exec, and for a moment the marks cannot be read.
+            if not running(int(_pid_file(self.home, self.name).read_text())):
                 raise ClusterError(f"{self.name} ended at once; {commands.tail(self.log)}")
             return self.ready()
 

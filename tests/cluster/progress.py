@@ -55,12 +55,12 @@ def step(what: str, *, key: str = "", usual: str = "") -> Iterator[None]:
             say(f"  {what}: {_span(time.monotonic() - started)} so far")
 
     reminder = threading.Thread(target=remind, daemon=True)
-    reminder.start()
+    if key:
+        reminder.start()
     try:
         yield
     finally:
         ended.set()
-        reminder.join()
     seconds = time.monotonic() - started
     say(f"{what}: {_span(seconds)}")
     if key:

@@ -1,0 +1,103 @@
+"""Write the pages of the documentation that are made from the code, or with ``--check`` say which are stale.
+
+python -m tools.docs [--check]
+"""
+
+import sys
+from pathlib import Path
+
+from pipelinejob_operator.controller.transitions import GOOD, QUIET
+from pipelinejob_operator.policy.reasons import ConditionType, Reason
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CONDITIONS = """\
+# Conditions, reasons and states
+
+Generated from `policy/reasons.py` by `make generate`; do not edit. A condition's message names the stage, the value
+and the cure; this page says what its words mean.
+
+## Conditions
+
+All of them are there from the operator's first visit. `observedGeneration` tells which version of the spec each
+answers, `lastTransitionTime` when its status last changed. There is no phase: ask a condition.
+
+```sh
+kubectl wait --for=condition=Succeeded pj/tiny-gpt --timeout=10m
+kubectl get pj tiny-gpt -o jsonpath='{{range .status.conditions[*]}}{{.type}}={{.status}} {{.reason}}{{"\\n"}}{{end}}'
+```
+
+| condition | meaning |
+|---|---|
+{conditions}
+
+## Reasons
+
+The third column is the type of the Event that is published when a condition takes this reason, if there is one.
+
+| reason | meaning and cure | Event |
+|---|---|---|
+{reasons}
+
+## States
+
+The column STATE of `kubectl get pj` is one word made from the conditions, for people only. The first that applies:
+
+| state | when |
+|---|---|
+| `Succeeded` | `Succeeded` is `True` |
+| `Failed` | `Succeeded` is `False` |
+| `Refused` | `Accepted` is `False` |
+| `Suspended` | `Suspended` is `True` |
+| `Running` | `Running` is `True` |
+| `Stopping` | `Running` is `False` because of `Stopping` |
+| `Restarting` | `Running` is `False` because of `Restarting`, `Replacing`, `FailureSeen` or `Draining` |
+| `Starting` | `Placed` is `True` |
+| `Pending` | nothing of the above |
+"""
+
+
+def files() -> dict[Path, str]:
+    """Return the content of each generated page by its path in the project."""
+    return {Path("docs/reference/conditions.md"): conditions_page()}
+
+
+def conditions_page() -> str:
+    """Render the page of all conditions and reasons; raises ValueError for one that has no meaning."""
+    return CONDITIONS.format(
+        conditions="\n".join(f"| `{kind}` | {_meaning(kind)} |" for kind in ConditionType),
+        reasons="\n".join(f"| `{reason}` | {_meaning(reason)} | {_event(reason)} |" for reason in Reason),
+    )
+
+
+def _meaning(member: ConditionType | Reason) -> str:
+    if not member.__doc__:
+        raise ValueError(f"policy/reasons.py: {member} has no meaning; allowed: a sentence as its second value")
+    return member.__doc__.replace("|", "\\|")
+
+
+def _event(reason: Reason) -> str:
+    if reason in QUIET:
+        return ""
+    return "Normal" if reason in GOOD else "Warning"
+
+
+def stale(root: Path = ROOT) -> list[Path]:
+    """Return the generated pages that do not hold what the code says."""
+    return [path for path, text in files().items() if not (root / path).exists() or (root / path).read_text() != text]
+
+
+def main() -> None:
+    """Write the pages, or check them."""
+    old = stale()
+    if "--check" in sys.argv[1:]:
+        if old:
+            sys.exit(f"stale: {', '.join(map(str, old))}; run `make generate`")
+        return
+    for path in old:
+        (ROOT / path).write_text(files()[path])
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

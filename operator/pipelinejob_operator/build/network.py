@@ -37,9 +37,7 @@ def network_policy(job: Job, installation: Installation) -> dict[str, Any]:
     """
     own = {"podSelector": {"matchLabels": _own_pods(job)}}
     operator = {
-        "namespaceSelector": {
-            "matchLabels": {"kubernetes.io/metadata.name": installation.operator_namespace}
-        },
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": installation.operator_namespace}},
         "podSelector": {"matchLabels": OPERATOR_POD_LABELS},
     }
     return {

@@ -24,7 +24,7 @@ from pipelinejob_operator.build.volumes import stage_volumes
 from pipelinejob_operator.placement.affinity import near_neighbours, one_host
 from pipelinejob_worker.protocol import RENDEZVOUS_PORT, STATUS_PORT, WORKER_CONTAINER, Env
 
-AGENT_COMMAND = ["pipelinejob-agent"]
+AGENT_COMMAND = ["python3", "-m", "pipelinejob_worker.agent"]
 USER_ID = 65532
 GRACE_SECONDS = 30
 NODE_LOSS_SECONDS = 30
@@ -90,9 +90,7 @@ def _worker(job: Job, stage: int, installation: Installation, mounts: list[dict[
         # For an extended resource the API demands that the request equals the limit.
         resources = worker.setdefault("resources", {})
         for kind in ("requests", "limits"):
-            resources[kind] = (resources.get(kind) or {}) | {
-                job.spec.gpu.resource_name: str(job.spec.gpu.count)
-            }
+            resources[kind] = (resources.get(kind) or {}) | {job.spec.gpu.resource_name: str(job.spec.gpu.count)}
     return worker
 
 
@@ -129,10 +127,7 @@ def _environment(job: Job, stage: int) -> list[dict[str, Any]]:
     network |= {variable.name: variable.value for variable in job.spec.network.nccl}
     return [
         *({"name": str(name), "value": value} for name, value in values.items()),
-        *(
-            {"name": str(name), "valueFrom": {"fieldRef": {"fieldPath": path}}}
-            for name, path in fields.items()
-        ),
+        *({"name": str(name), "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()),
         *({"name": name, "value": value} for name, value in network.items()),
     ]
 

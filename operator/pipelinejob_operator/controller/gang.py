@@ -59,9 +59,7 @@ def actions(job: Job, gang: Gang, seen: Observed, installation: Installation) ->
     wanted = {pod: membership(gang.current, pod.stage, job.status.attempt).to_json() for pod in pods}
     # A pod that has a membership keeps it for the attempt: agents ignore another text of an epoch they have
     # seen.
-    return [
-        SetMembership(pod, value) for pod, value in wanted.items() if not pod.membership and not pod.ended
-    ]
+    return [SetMembership(pod, value) for pod, value in wanted.items() if not pod.membership and not pod.ended]
 
 
 def placed(gang: Gang, stages: int, claim: Claim | None) -> Told:
@@ -72,9 +70,7 @@ def placed(gang: Gang, stages: int, claim: Claim | None) -> Told:
     if all(pod.scheduled for pod in pods):
         return "True", Reason.PLACED, f"all {stages} stages have a node"
     if stuck := [pod for pod in pods if pod.unschedulable]:
-        message = (
-            f"{len(stuck)} of {stages} stages find no node; stage {stuck[0].stage}: {stuck[0].unschedulable}"
-        )
+        message = f"{len(stuck)} of {stages} stages find no node; stage {stuck[0].stage}: {stuck[0].unschedulable}"
         if claim and claim.one_node and stages > 1:
             message += (
                 f"; claim {claim.name} is ReadWriteOnce, so all {stages} stages must share one node: use a "

@@ -219,9 +219,7 @@ def _answer(d: _Decision, finding: failure.Finding) -> _Decision:
             d.alarms.append(finding.recheck_at)
             _observe_placement(d)
             if finding.draining:
-                d.say(
-                    ConditionType.RUNNING, Reason.DRAINING, f"the pod of stage {first.stage} is being deleted"
-                )
+                d.say(ConditionType.RUNNING, Reason.DRAINING, f"the pod of stage {first.stage} is being deleted")
             else:
                 d.say(
                     ConditionType.RUNNING,
@@ -250,9 +248,7 @@ def _restart(d: _Decision, first: Failure, words: str) -> _Decision:
         d.draft.failed_stage(first, status.consecutive_restarts)
         budget = f"{recovery.max_restarts} restarts within {recovery.window_seconds} s are spent"
         return _fail(d, Reason.RESTART_BUDGET_SPENT, f"{words} ({budget}; see spec.recovery)")
-    in_a_row = restart.in_a_row(
-        status.consecutive_restarts, status.first_failure, first, status.progress.step
-    )
+    in_a_row = restart.in_a_row(status.consecutive_restarts, status.first_failure, first, status.progress.step)
     d.draft.failed_stage(first, in_a_row)
     d.retire()
     kept = [*restart.recent(times, recovery, d.now), d.now][-restart.KEPT_TIMES :]

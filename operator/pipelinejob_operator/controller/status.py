@@ -147,9 +147,7 @@ def summary(job: Job, status: Status) -> Summary:
         step=f"{progress.step}/{total}" if total else "",
         progress=f"{progress.percent}%" if total else "",
         loss=_short_loss(progress.loss),
-        tokens_per_second=""
-        if progress.tokens_per_second is None
-        else short_number(progress.tokens_per_second),
+        tokens_per_second="" if progress.tokens_per_second is None else short_number(progress.tokens_per_second),
         bubble="" if progress.bubble_percent is None else f"{progress.bubble_percent}%",
     )
 

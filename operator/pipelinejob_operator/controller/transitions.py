@@ -59,9 +59,7 @@ def notices(old: Status, new: Status) -> list[Notice]:
         if item.type == ConditionType.RUNNING and reason is Reason.STOPPING:
             continue  # said by the condition Suspended, or by what made the job stop
         kind: Literal["Normal", "Warning"] = "Normal" if reason in GOOD else "Warning"
-        found.append(
-            Notice(kind, reason, item.message, f"{item.type}/{new.attempt}/{item.last_transition_time}")
-        )
+        found.append(Notice(kind, reason, item.message, f"{item.type}/{new.attempt}/{item.last_transition_time}"))
     if new.restarts > old.restarts and not any(notice.reason is Reason.RESTARTING for notice in found):
         running = next(item for item in new.conditions if item.type == ConditionType.RUNNING)
         found.append(Notice("Warning", Reason.RESTARTING, running.message, f"restart/{new.restarts}"))

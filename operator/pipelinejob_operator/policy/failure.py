@@ -123,12 +123,7 @@ def _ended(pod: StagePod, look: Look) -> _Cause | None:
 
 
 def _victim(pod: StagePod, protocol: bool) -> bool:
-    return (
-        protocol
-        and pod.ended is not None
-        and pod.ended.exit_code == ExitCode.PEER_LOST
-        and not pod.terminating
-    )
+    return protocol and pod.ended is not None and pod.ended.exit_code == ExitCode.PEER_LOST and not pod.terminating
 
 
 def _lost(pod: StagePod, why: str) -> Failure:

@@ -47,13 +47,11 @@ class Reason(StrEnum):
     )
     INVALID_SPEC = (
         "InvalidSpec",
-        "The spec breaks a rule that the API server could not check. The message names the field and what is "
-        "allowed.",
+        "The spec breaks a rule that the API server could not check. The message names the field and what is allowed.",
     )
     CLAIM_ACCESS_MODE = (
         "ClaimAccessMode",
-        "The checkpoint claim is ReadWriteOncePod, which one pod alone may mount. Use ReadWriteMany, or one "
-        "stage.",
+        "The checkpoint claim is ReadWriteOncePod, which one pod alone may mount. Use ReadWriteMany, or one stage.",
     )
     # Placed
     PLACED = "AllStagesPlaced", "Every stage pod has a node."
@@ -61,28 +59,23 @@ class Reason(StrEnum):
     SCHEDULING = "Scheduling", "All stage pods exist; kube-scheduler has not answered for all of them yet."
     UNSCHEDULABLE = (
         "Unschedulable",
-        "kube-scheduler finds no node for a stage. The message holds its words; free or add capacity, or ask "
-        "for less.",
+        "kube-scheduler finds no node for a stage. The message holds its words; free or add capacity, or ask for less.",
     )
     VOLUME_CLAIM_NOT_FOUND = (
         "VolumeClaimNotFound",
-        "The claim of spec.checkpoint.volumeClaimName does not exist. Create it; the job looks again by "
-        "itself.",
+        "The claim of spec.checkpoint.volumeClaimName does not exist. Create it; the job looks again by itself.",
     )
     QUOTA_EXCEEDED = (
         "QuotaExceeded",
-        "A ResourceQuota refuses a stage pod; those that were created are released. Raise the quota or ask "
-        "for less.",
+        "A ResourceQuota refuses a stage pod; those that were created are released. Raise the quota or ask for less.",
     )
     LIMIT_RANGE_EXCEEDED = (
         "LimitRangeExceeded",
-        "A LimitRange refuses a stage pod. Set resources of the container worker in spec.template within its "
-        "limits.",
+        "A LimitRange refuses a stage pod. Set resources of the container worker in spec.template within its limits.",
     )
     POD_SECURITY_VIOLATION = (
         "PodSecurityViolation",
-        "The namespace's pod security level refuses a stage pod. Remove from spec.template what the message "
-        "names.",
+        "The namespace's pod security level refuses a stage pod. Remove from spec.template what the message names.",
     )
     NAME_TAKEN = (
         "NameTaken",
@@ -103,8 +96,7 @@ class Reason(StrEnum):
     )
     CONTAINER_CONFIG_ERROR = (
         "ContainerConfigError",
-        "The kubelet cannot make the container of a stage, for instance because a Secret that it names is "
-        "missing.",
+        "The kubelet cannot make the container of a stage, for instance because a Secret that it names is missing.",
     )
     FAILURE_SEEN = (
         "FailureSeen",

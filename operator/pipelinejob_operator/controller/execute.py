@@ -1,0 +1,207 @@
+"""The hands: turn actions into calls of the API server. Each may be repeated safely."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from pipelinejob_operator.api.v1alpha1 import GROUP, Status
+from pipelinejob_operator.build.job import Job
+from pipelinejob_operator.build.names import GATE, MEMBERSHIP_ANNOTATION
+from pipelinejob_operator.controller.actions import (
+    Action,
+    ApplyObject,
+    CreatePod,
+    DeleteJob,
+    DeletePod,
+    OpenGate,
+    SetMembership,
+)
+from pipelinejob_operator.controller.refusals import classify
+from pipelinejob_operator.policy.facts import Manifest, StagePod
+from pipelinejob_operator.policy.reasons import Reason
+from pipelinejob_operator.runtime import metrics
+from pipelinejob_operator.runtime.cache import Cache, Key
+from pipelinejob_operator.runtime.client import (
+    CONFLICT,
+    FORBIDDEN,
+    JOBS,
+    NETWORK_POLICIES,
+    PODS,
+    SERVICES,
+    UNPROCESSABLE,
+    ApiError,
+    Kubernetes,
+)
+
+AT_ONCE = 16
+HASH_ANNOTATION = f"{GROUP}/manifest-hash"
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The API server will not have one of the job's objects."""
+
+    what: str
+    reason: Reason
+    words: str
+
+
+class Executor:
+    """Carries out actions; what comes back from a write goes into the cache at once, so the next look sees
+    it.
+    """
+
+    def __init__(self, kubernetes: Kubernetes, cache: Cache) -> None:
+        self._kubernetes, self._cache = kubernetes, cache
+
+    async def execute(self, job: Job, actions: Sequence[Action]) -> Refused | None:
+        """Carry out the actions in order, several at once where their order does not matter.
+
+        Stops at the first refusal and returns it. Raises ``ApiError`` where the world is no longer what the
+        plan saw (409, or 422 of a test), or the server fails: the caller plans anew.
+        """
+        for start in range(0, len(actions), AT_ONCE):
+            part = actions[start : start + AT_ONCE]
+            results = await asyncio.gather(*(self._one(job, action) for action in part), return_exceptions=True)
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+            if refused := next((result for result in results if isinstance(result, Refused)), None):
+                return refused
+        return None
+
+    async def write_status(self, job: Job, status: Status) -> None:
+        """Replace the status, if the job is still the version that the status was made from (422
+        otherwise).
+        """
+        written = await self._kubernetes.json_patch(
+            JOBS,
+            job.namespace,
+            job.name,
+            [
+                {"op": "test", "path": "/metadata/resourceVersion", "value": job.resource_version},
+                {"op": "add", "path": "/status", "value": render(status)},
+            ],
+            "status",
+        )
+        metrics.WRITES.labels("status").inc()
+        self._cache.put_job(written)
+
+    async def _one(self, job: Job, action: Action) -> Refused | None:
+        match action:
+            case ApplyObject(manifest):
+                return await self._apply(job, manifest)
+            case CreatePod(manifest):
+                return await self._create_pod(job, manifest)
+            case OpenGate(pod):
+                path = f"/spec/schedulingGates/{pod.gate}"
+                await self._patch_pod(
+                    job,
+                    pod,
+                    [{"op": "test", "path": f"{path}/name", "value": GATE}, {"op": "remove", "path": path}],
+                )
+            case SetMembership(pod, value):
+                path = f"/metadata/annotations/{MEMBERSHIP_ANNOTATION.replace('/', '~1')}"
+                await self._patch_pod(
+                    job,
+                    pod,
+                    [
+                        {"op": "test", "path": path, "value": pod.membership},
+                        {"op": "replace", "path": path, "value": value},
+                    ],
+                )
+            case DeletePod(pod):
+                await self._delete_pod(job, pod)
+            case DeleteJob():
+                log.info("deleting the finished job, its time to live is over")
+                await self._kubernetes.delete(JOBS, job.namespace, job.name, job.uid)
+                metrics.WRITES.labels("delete job").inc()
+        return None
+
+    async def _create_pod(self, job: Job, manifest: Manifest) -> Refused | None:
+        name = manifest["metadata"]["name"]
+        try:
+            created = await self._kubernetes.create(PODS, manifest)
+        except ApiError as error:
+            if error.code == CONFLICT:
+                return await self._adopt(job, name)
+            if error.code in (FORBIDDEN, UNPROCESSABLE):
+                return Refused(f"pod {name}", classify(error.message), error.message)
+            raise
+        metrics.WRITES.labels("create pod").inc()
+        self._cache.put_pod(created)
+        return None
+
+    async def _adopt(self, job: Job, name: str) -> Refused | None:
+        """A pod of that name exists: fine if it is ours, made by an earlier try of which we did not hear."""
+        found = await self._kubernetes.get(PODS, job.namespace, name)
+        if found is None:
+            return None  # gone again; the next look shows it
+        if owner := _other_owner(job, found):
+            return Refused(f"pod {name}", Reason.NAME_TAKEN, f"a pod of that name exists and belongs to {owner}")
+        self._cache.put_pod(found)
+        return None
+
+    async def _apply(self, job: Job, manifest: Manifest) -> Refused | None:
+        """Create an object or bring it in line; nothing is written where its hash says that it is as
+        wanted.
+        """
+        kind, meta = manifest["kind"], manifest["metadata"]
+        resource = {"Service": SERVICES, "NetworkPolicy": NETWORK_POLICIES}[kind]
+        wanted = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+        found = await self._kubernetes.get(resource, meta["namespace"], meta["name"])
+        what = f"{kind} {meta['name']}"
+        if found is not None:
+            if owner := _other_owner(job, found):
+                return Refused(what, Reason.NAME_TAKEN, f"one of that name exists and belongs to {owner}")
+            if found["metadata"].get("annotations", {}).get(HASH_ANNOTATION) == wanted:
+                return None
+        try:
+            await self._kubernetes.apply(
+                resource, manifest | {"metadata": meta | {"annotations": {HASH_ANNOTATION: wanted}}}
+            )
+        except ApiError as error:
+            if error.code in (FORBIDDEN, UNPROCESSABLE):
+                return Refused(what, classify(error.message), error.message)
+            raise
+        metrics.WRITES.labels(f"apply {kind}").inc()
+        return None
+
+    async def _patch_pod(self, job: Job, pod: StagePod, operations: list[dict[str, Any]]) -> None:
+        test_uid = {"op": "test", "path": "/metadata/uid", "value": pod.uid}
+        patched = await self._kubernetes.json_patch(PODS, job.namespace, pod.name, [test_uid, *operations])
+        metrics.WRITES.labels("patch pod").inc()
+        self._cache.put_pod(patched)
+
+    async def _delete_pod(self, job: Job, pod: StagePod) -> None:
+        left = await self._kubernetes.delete(PODS, job.namespace, pod.name, pod.uid)
+        metrics.WRITES.labels("delete pod").inc()
+        key = Key(job.namespace, job.name)
+        meta = left["metadata"] if left and left.get("kind") == "Pod" else {}
+        if left and (meta.get("deletionGracePeriodSeconds") or meta.get("finalizers")):
+            self._cache.put_pod(left)
+        else:
+            self._cache.drop_pod(key, pod.name, pod.uid)
+
+
+def render(status: Status) -> dict[str, Any]:
+    """Render a status as the API server stores it."""
+    rendered: dict[str, Any] = status.model_dump(by_alias=True, exclude_none=True)
+    return rendered
+
+
+def _other_owner(job: Job, found: Manifest) -> str:
+    """Name the owner of an object that is not this job's; empty where it is ours."""
+    owner = next((item for item in found["metadata"].get("ownerReferences", ()) if item.get("controller")), None)
+    if owner is None:
+        return "nobody"
+    if owner["uid"] == job.uid:
+        return ""
+    return f"{owner['kind']} {owner['name']} (uid {owner['uid']})"

@@ -1,0 +1,123 @@
+"""Looking at a job: from the cache, and from the API server itself before anything irreversible."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime
+
+from pydantic import ValidationError
+
+from pipelinejob_operator.build.job import Job
+from pipelinejob_operator.build.names import JOB_UID_LABEL
+from pipelinejob_operator.controller.observed import Gang, Observed, Refusal
+from pipelinejob_operator.policy.facts import Claim, Manifest, StagePod
+from pipelinejob_operator.policy.reasons import ConditionType
+from pipelinejob_operator.runtime.agents import Agents, Target
+from pipelinejob_operator.runtime.cache import Cache, Key
+from pipelinejob_operator.runtime.client import (
+    CLAIMS,
+    FORBIDDEN,
+    JOBS,
+    NODES,
+    PODS,
+    ApiError,
+    Kubernetes,
+)
+from pipelinejob_worker.protocol import ExitCode
+
+
+class Observer:
+    """Gathers what a plan is made from."""
+
+    def __init__(self, kubernetes: Kubernetes, cache: Cache, agents: Agents) -> None:
+        self._kubernetes, self._cache, self._agents = kubernetes, cache, agents
+
+    async def refresh(self, key: Key, uid: str) -> None:
+        """Read the job and its pods anew, past the cache, into it."""
+        manifest = await self._kubernetes.get(JOBS, key.namespace, key.name)
+        if manifest is None or manifest["metadata"]["uid"] != uid:
+            self._cache.drop_job(key, uid)
+        if manifest is not None:
+            self._cache.put_job(manifest)
+        pods: list[Manifest] = []
+        version = 0
+        selector = f"{JOB_UID_LABEL}={uid}"
+        async for items, version in self._kubernetes.pages(PODS, key.namespace, selector):  # noqa: B007
+            pods += items
+        self._cache.replace_pods(pods, version, only=key)
+
+    async def look(self, job: Job, *, refusal: Refusal | None, network_due: bool, now: datetime) -> Observed:
+        """Look at everything around a job."""
+        pods = owned_pods(job, self._cache.pods(Key(job.namespace, job.name)))
+        seen = Observed(
+            pods=pods,
+            agent=self._agents.last(job.uid, job.status.attempt + 1),
+            unready_nodes=await self._unready_nodes(pods),
+            refusal=refusal if refusal and refusal.generation == job.generation and now < refusal.retry_at else None,
+            network_due=network_due,
+        )
+        return await self._with_claim(job, seen)
+
+    async def _with_claim(self, job: Job, seen: Observed) -> Observed:
+        """Read the claim while it matters: until every stage has a node."""
+        name = job.spec.checkpoint.volume_claim_name
+        gang = Gang.of(job, seen)
+        if not name or (gang.complete(job.spec.stages) and all(pod.scheduled for pod in gang.current.values())):
+            return seen
+        manifest = await self._kubernetes.get(CLAIMS, job.namespace, name)
+        if manifest is None:
+            return replace(seen, claim_missing=True)
+        return replace(seen, claim=Claim(name, frozenset(manifest["spec"].get("accessModes", ()))))
+
+    async def _unready_nodes(self, pods: list[StagePod]) -> frozenset[str]:
+        """Read the nodes of pods that may be lost; unknown where the operator may not read nodes."""
+        lonely = any(pod.ended and pod.ended.exit_code == ExitCode.PEER_LOST for pod in pods)
+        names = {pod.node for pod in pods if pod.node and pod.ended is None and (pod.terminating or lonely)}
+        return frozenset([name for name in sorted(names) if await self._unready(name)])
+
+    async def _unready(self, name: str) -> bool:
+        try:
+            node = await self._kubernetes.get(NODES, "", name)
+        except ApiError as error:
+            if error.code == FORBIDDEN:
+                return False
+            raise
+        if node is None:
+            return True
+        conditions = node.get("status", {}).get("conditions", [])
+        return any(item["type"] == "Ready" and item["status"] != "True" for item in conditions)
+
+
+def owned_pods(job: Job, manifests: list[Manifest]) -> list[StagePod]:
+    """Read the pods that this job owns: those of a deleted job of the same name have another owner's UID."""
+    return [
+        StagePod.read(manifest)
+        for manifest in manifests
+        if any(owner["uid"] == job.uid for owner in manifest["metadata"].get("ownerReferences", ()))
+    ]
+
+
+def running_gangs(cache: Cache) -> list[Target]:
+    """Find the jobs whose stages run our agent and are ready: those can tell their progress."""
+    found = []
+    for key, manifest in cache.jobs():
+        conditions = manifest.get("status", {}).get("conditions", [])
+        if not any(item["type"] == ConditionType.RUNNING and item["status"] == "True" for item in conditions):
+            continue
+        try:
+            job = Job.read(manifest)
+        except ValidationError:
+            continue  # its reconcile says so
+        gang = Gang.of(job, Observed(owned_pods(job, cache.pods(key)))).current
+        addresses = tuple(gang[stage].address for stage in sorted(gang) if gang[stage].started)
+        if job.runs_agent and all(addresses) and addresses:
+            found.append(Target(key, job.uid, job.status.attempt + 1, addresses))
+    return found
+
+
+def job_rows(cache: Cache) -> Iterator[tuple[str, str, str, int, int | None]]:
+    """Yield namespace, name, state, step and bubble in percent of every job, for the metrics."""
+    for key, manifest in cache.jobs():
+        status = manifest.get("status", {})
+        progress = status.get("progress", {})
+        state = status.get("summary", {}).get("state") or "Pending"
+        yield key.namespace, key.name, state, progress.get("step", 0), progress.get("bubblePercent")

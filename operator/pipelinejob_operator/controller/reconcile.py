@@ -1,0 +1,145 @@
+"""One reconcile: observe, plan, execute, and tell: a single status write at the end, and only when it
+changed.
+"""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import structlog
+from pydantic import ValidationError
+
+from pipelinejob_operator.build.installation import Installation
+from pipelinejob_operator.build.job import Job
+from pipelinejob_operator.controller.actions import ApplyObject, CreatePod
+from pipelinejob_operator.controller.execute import Executor, render
+from pipelinejob_operator.controller.observe import Observer
+from pipelinejob_operator.controller.observed import Refusal
+from pipelinejob_operator.controller.plan import Plan, plan, unreadable
+from pipelinejob_operator.controller.refusals import refusal
+from pipelinejob_operator.runtime import events, metrics
+from pipelinejob_operator.runtime.cache import Cache, Key
+from pipelinejob_operator.runtime.client import Kubernetes
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class _Memory:
+    """What may be forgotten at any time: it only saves calls."""
+
+    network_checked: datetime | None = None
+    refusal: Refusal | None = None
+    refusals: int = 0
+
+
+class Reconciler:
+    """Brings one job at a time closer to what its spec says. ``clock`` returns the time of day in UTC."""
+
+    def __init__(
+        self,
+        kubernetes: Kubernetes,
+        cache: Cache,
+        observer: Observer,
+        *,
+        installation: Installation,
+        instance: str,
+        network_period: timedelta,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._kubernetes, self._cache, self._observer = kubernetes, cache, observer
+        self._executor = Executor(kubernetes, cache)
+        self._installation, self._instance = installation, instance
+        self._network_period, self._clock = network_period, clock
+        self._memory: dict[str, _Memory] = {}
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Do the next thing for a job; return in how many seconds to look again even if nothing happens.
+
+        Raises ``ApiError`` or a network error where a call failed: the queue then backs off.
+        """
+        with structlog.contextvars.bound_contextvars(job=str(key), trace=secrets.token_hex(8)):
+            decided = await self._decide(key)
+            if decided is None:
+                return None
+            job, made = decided
+            if made.actions and await self._execute(job, made):
+                return 0
+            changed = render(made.status) != render(job.status)
+            if changed:
+                await self._executor.write_status(job, made.status)
+                self._tell(job, made)
+                await events.publish(self._kubernetes, job, made.notices, self._instance)
+            if changed or made.actions:
+                return 0
+            if made.look_again_at is None:
+                return None
+            return max(0.0, (made.look_again_at - self._clock()).total_seconds())
+
+    async def _decide(self, key: Key) -> tuple[Job, Plan] | None:
+        """Plan from the cache, and once more from a fresh read where the plan would be irreversible."""
+        decided = await self._plan(key)
+        if decided and decided[1].irreversible:
+            await self._observer.refresh(key, decided[0].uid)
+            decided = await self._plan(key)
+        return decided
+
+    async def _plan(self, key: Key) -> tuple[Job, Plan] | None:
+        manifest = self._cache.job(key)
+        if manifest is None:
+            return None
+        now = self._clock()
+        try:
+            job = Job.read(manifest)
+        except ValidationError as error:
+            job = Job.read_header(manifest)
+            log.warning("cannot read the spec", errors=error.error_count())
+            return job, unreadable(job, _first_line(error), now)
+        memory = self._memory.setdefault(job.uid, _Memory())
+        due = memory.network_checked is None or now - memory.network_checked >= self._network_period
+        seen = await self._observer.look(job, refusal=memory.refusal, network_due=due, now=now)
+        return job, plan(job, seen, now, self._installation)
+
+    async def _execute(self, job: Job, made: Plan) -> bool:
+        """Carry out a plan; True where the API server refused something, so that another plan is due at
+        once.
+        """
+        memory = self._memory[job.uid]
+        log.debug("executing", actions=[type(action).__name__ for action in made.actions])
+        refused = await self._executor.execute(job, made.actions)
+        if refused is None:
+            if any(isinstance(action, ApplyObject) for action in made.actions):
+                memory.network_checked = self._clock()
+            if any(isinstance(action, CreatePod) for action in made.actions):
+                memory.refusal, memory.refusals = None, 0
+            return False
+        memory.refusal = refusal(
+            job,
+            what=refused.what,
+            reason=refused.reason,
+            words=refused.words,
+            tries=memory.refusals,
+            now=self._clock(),
+        )
+        memory.refusals += 1
+        log.warning("refused", what=refused.what, reason=refused.reason, words=refused.words)
+        return True
+
+    def _tell(self, job: Job, made: Plan) -> None:
+        restarts = made.status.restarts - job.status.restarts
+        if restarts:
+            metrics.RESTARTS.inc(restarts)
+        for notice in made.notices:
+            log.info("transition", reason=notice.reason, message=notice.message)
+
+    def forget(self) -> None:
+        """Drop the memory of jobs that are gone."""
+        alive = {manifest["metadata"]["uid"] for _, manifest in self._cache.jobs()}
+        self._memory = {uid: memory for uid, memory in self._memory.items() if uid in alive}
+
+
+def _first_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"spec.{place}: {first['msg']}"

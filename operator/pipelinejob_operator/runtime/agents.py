@@ -1,0 +1,103 @@
+"""Polls of the stage agents: one agent a job, every few seconds, because each knows the progress of the whole
+pipeline.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import aiohttp
+import structlog
+from pydantic import ValidationError
+
+from pipelinejob_operator.runtime import metrics
+from pipelinejob_operator.runtime.cache import Key
+from pipelinejob_worker.protocol import STATUS_PORT, SUPPORTED_VERSIONS, AgentStatus
+
+PERIOD_SECONDS = 3.0
+JITTER = 0.2
+TIMEOUT_SECONDS = 2.0
+BODY_LIMIT_BYTES = 262_144
+"""512 stages' timings take about 40 KB."""
+AT_ONCE = 32
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A job whose gang runs, and the addresses of its stages' pods."""
+
+    key: Key
+    uid: str
+    epoch: int
+    addresses: tuple[str, ...]
+
+
+class Agents:
+    """Asks agents and keeps their last answers, by job UID."""
+
+    def __init__(self, targets: Callable[[], list[Target]], wake: Callable[[Key], None]) -> None:
+        self._targets, self._wake = targets, wake
+        self._last: dict[str, AgentStatus] = {}
+        self._turn: dict[str, int] = {}
+        self._limit = asyncio.Semaphore(AT_ONCE)
+
+    def last(self, uid: str, epoch: int) -> AgentStatus | None:
+        """Return the last answer of an agent of this incarnation of the gang."""
+        answer = self._last.get(uid)
+        return answer if answer and answer.epoch == epoch else None
+
+    async def run(self) -> None:
+        """Poll for ever. A job is forgotten once it is no target any more."""
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
+        async with aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()) as session:
+            while True:
+                targets = self._targets()
+                uids = {target.uid for target in targets}
+                self._last = {uid: last for uid, last in self._last.items() if uid in uids}
+                self._turn = {uid: turn for uid, turn in self._turn.items() if uid in uids}
+                await asyncio.gather(*(self._poll(session, target) for target in targets))
+                await asyncio.sleep(PERIOD_SECONDS * (1 + random.uniform(-JITTER, JITTER)))  # noqa: S311 - spreads load
+
+    async def _poll(self, session: aiohttp.ClientSession, target: Target) -> None:
+        turn = self._turn.setdefault(target.uid, 0)
+        address = target.addresses[turn % len(target.addresses)]
+        async with self._limit:
+            try:
+                answer = await ask(session, address)
+            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                # The next stage is asked next time: one deaf agent must not hide the progress of the others.
+                self._turn[target.uid] = turn + 1
+                metrics.AGENT_POLLS.labels("failed").inc()
+                log.debug("an agent does not answer", job=str(target.key), address=address, error=str(error))
+                return
+        metrics.AGENT_POLLS.labels("answered").inc()
+        if answer.job_uid != target.uid or answer.epoch != target.epoch:
+            self._turn[target.uid] = turn + 1
+        elif self._last.get(target.uid) != answer:
+            self._last[target.uid] = answer
+            self._wake(target.key)
+
+
+async def ask(session: aiohttp.ClientSession, address: str) -> AgentStatus:
+    """Get one agent's status; raises ValueError for an answer that is too long, malformed or of another
+    version.
+    """
+    host = f"[{address}]" if ":" in address else address
+    url = f"http://{host}:{STATUS_PORT}/status"
+    async with session.get(url, allow_redirects=False, raise_for_status=True) as response:
+        body = await response.content.read(BODY_LIMIT_BYTES + 1)
+        while len(body) <= BODY_LIMIT_BYTES and (more := await response.content.read(BODY_LIMIT_BYTES)):
+            body += more
+    if len(body) > BODY_LIMIT_BYTES:
+        raise ValueError(f"the agent at {address} sends more than {BODY_LIMIT_BYTES} bytes")
+    try:
+        status = AgentStatus.model_validate_json(body)
+    except ValidationError as error:
+        raise ValueError(f"the agent at {address} sends no status: {error.error_count()} fields are wrong") from error
+    if status.protocol_version not in SUPPORTED_VERSIONS:
+        allowed = ", ".join(map(str, sorted(SUPPORTED_VERSIONS)))
+        raise ValueError(f"the agent at {address} speaks protocol {status.protocol_version}; allowed: {allowed}")
+    return status

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from pipelinejob_operator.api import crd, reference
+from pipelinejob_operator.api import chart, crd, reference
 
 ROOT = Path(__file__).resolve().parents[3]
+CHART = Path("charts/pipelinejob")
 
 HEADER = "# Generated from the API models by `make generate`; do not edit.\n"
 
@@ -43,7 +44,10 @@ def files() -> dict[Path, str]:
     text = yaml.dump(crd.crd(), Dumper=_Dumper, sort_keys=False, width=120)
     return {
         Path(f"crds/{crd.CRD_NAME.replace('pipelinejobs.', '')}_{crd.api.PLURAL}.yaml"): HEADER + text,
-        Path("charts/pipelinejob/templates/crds.yaml"): chart_crd(text),
+        CHART / "templates" / "crds.yaml": chart_crd(text),
+        CHART / "values.yaml": chart.values_yaml(HEADER),
+        CHART / "values.schema.json": chart.values_schema(),
+        CHART / "README.md": chart.readme(),
         Path("docs/reference/api.md"): reference.page(crd.structural_schema()),
     }
 

@@ -58,7 +58,7 @@ def test_every_condition_and_reason_is_explained() -> None:
 
 def test_every_state_is_explained() -> None:
     words = {word for word, _, _ in status._WORDS} | set(status._NOT_RUNNING.values()) | {"Starting", "Pending"}
-    rows = {word: when for word, when in table(CONDITIONS, "States")}
+    rows = {row[0]: row[1] for row in table(CONDITIONS, "States")}
     assert set(rows) == words
     for reason, word in status._NOT_RUNNING.items():
         assert reason in rows[word]

@@ -11,6 +11,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,15 +23,28 @@ from pipelinejob_worker.protocol import Membership, WorkerConfig
 Result = TypeVar("Result")
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(
-    ["torch", "torch.distributed.pipelining", "safetensors.torch", "pydantic", "structlog"]
-)
+_server.set_forkserver_preload(["pipelinejob_worker.train.worker", "tests.unit.worker.reference"])
+
+
+@cache
+def _start_server() -> None:
+    """Start the clean parent. It finds our modules by the environment only: Python 3.11 hands it no path."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
 
 PATIENCE_SECONDS = 120.0
 
 
 def call(function: Callable[..., Result], *arguments: Any) -> Result:
     """Return ``function(*arguments)`` as called in a fresh fork; an exception there fails the caller here."""
+    _start_server()
     receiver, sender = _server.Pipe(duplex=False)
     process = _server.Process(target=_answer, args=(sender, function, arguments))
     process.start()
@@ -58,6 +73,7 @@ class Stage:
     """The worker of one stage, as its agent sees it: a process at the other end of a link."""
 
     def __init__(self, assignment: Assignment, log: Path) -> None:
+        _start_server()
         self._log = log
         self._connection, theirs = socket.socketpair()
         self._connection.settimeout(PATIENCE_SECONDS)
@@ -136,9 +152,14 @@ def free_port() -> int:
 
 @contextmanager
 def pipeline(
-    config: WorkerConfig, stages: int, logs: Path, checkpoints: Path | None = None, attempt: int = 0
+    config: WorkerConfig,
+    stages: int,
+    logs: Path,
+    checkpoints: Path | None = None,
+    attempt: int = 0,
+    last: WorkerConfig | None = None,
 ) -> Iterator[list[Stage]]:
-    """Run the workers of all stages; none is left at the end of the block."""
+    """Run the workers of all stages; none is left at the end. ``last``: another configuration for the last one."""
     port = free_port()
     running: list[Stage] = []
     try:
@@ -153,7 +174,7 @@ def pipeline(
             )
             assignment = Assignment(
                 membership=membership,
-                config=config,
+                config=last if last and stage == stages - 1 else config,
                 attempt=attempt,
                 checkpoint_directory=str(checkpoints) if checkpoints else "",
             )

@@ -50,9 +50,7 @@ def _losses(config: WorkerConfig, steps: int) -> list[float]:
             loss = loss / (train.global_batch_size * model.context)
             loss.backward()
             step_loss += loss.item()
-        norm = math.sqrt(
-            sum(sum(p.grad.double().norm().item() ** 2 for p in layer.parameters()) for layer in layers)
-        )
+        norm = math.sqrt(sum(sum(p.grad.double().norm().item() ** 2 for p in layer.parameters()) for layer in layers))
         if 0 < clip_norm < norm:
             for parameter in parameters:
                 parameter.grad *= clip_norm / norm

@@ -123,7 +123,12 @@ def test_a_worker_that_does_not_drain_is_killed_after_the_deadline(tmp_path: Pat
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "Signal", "SIGKILL"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", 139, "Signal", "SIGSEGV"),
         ("sys.exit(0)", 1, "Error", "code 0 after step 3 of 12"),
-        ("tell(kind='failed', reason='PeerLost', message='a link broke'); sys.exit(75)", 75, "PeerLost", "a link broke"),
+        (
+            "tell(kind='failed', reason='PeerLost', message='a link broke'); sys.exit(75)",
+            75,
+            "PeerLost",
+            "a link broke",
+        ),
         ("tell(kind='failed', reason='Configuration', message='cure'); sys.exit(64)", 64, "Configuration", "cure"),
         ("tell(kind='reached', progress={'step': 12, 'totalSteps': 12})", 0, "Succeeded", "all 12 steps"),
     ],

@@ -11,9 +11,7 @@ from tests.unit.worker.reference import reference_losses
 
 @pytest.mark.parametrize("schedule", ["GPipe", "1F1B"])
 @pytest.mark.parametrize(("dropout", "clip_norm"), [("0", "0"), ("0.1", "0"), ("0.1", "0.5")])
-def test_every_split_has_the_losses_of_one_process(
-    tmp_path: Path, schedule: str, dropout: str, clip_norm: str
-) -> None:
+def test_every_split_has_the_losses_of_one_process(tmp_path: Path, schedule: str, dropout: str, clip_norm: str) -> None:
     config = job(tmp_path, schedule=schedule, dropout=dropout, clip_norm=clip_norm, every_steps=100)
     expected = reference_losses(config, 12)
     assert expected[-1] < expected[0]

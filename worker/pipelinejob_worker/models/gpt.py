@@ -67,9 +67,7 @@ class Block(nn.Module):
         attended = functional.scaled_dot_product_attention(
             query, key, value, dropout_p=self.dropout.p if self.training else 0.0, is_causal=True
         )
-        result: torch.Tensor = self.attention_output(
-            attended.transpose(1, 2).reshape(samples, context, width)
-        )
+        result: torch.Tensor = self.attention_output(attended.transpose(1, 2).reshape(samples, context, width))
         return result
 
 

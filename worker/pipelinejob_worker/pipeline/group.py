@@ -37,9 +37,7 @@ def prepare_device() -> torch.device:
     torch.set_num_threads(int(os.environ.get(Env.THREADS) or 1))
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # cuBLAS is deterministic only with a fixed workspace
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     torch.use_deterministic_algorithms(True)
     device = torch.device("cuda", int(os.environ.get(Env.LOCAL_RANK) or 0))
     torch.cuda.set_device(device)
@@ -112,9 +110,7 @@ def joined(membership: Membership, device: torch.device) -> Iterator[Group]:
         yield Group(stage, stages, device)
     except Exception as error:
         if is_link_error(error):
-            raise PeerLostError(
-                f"stage {stage} lost a link to another stage: {_first_line(error)}"
-            ) from error
+            raise PeerLostError(f"stage {stage} lost a link to another stage: {_first_line(error)}") from error
         raise
     finally:
         if distributed.is_initialized():

@@ -94,9 +94,7 @@ class CheckpointStore:
         or this.
         """
         partial, complete = self._partial(step), self._complete(step)
-        manifest = Manifest(
-            step=step, fingerprint=self._fingerprint, attempt=self._attempt, layers=dict(layers)
-        )
+        manifest = Manifest(step=step, fingerprint=self._fingerprint, attempt=self._attempt, layers=dict(layers))
         write_durably(partial / MANIFEST, manifest.to_json().encode())
         sync_directory(partial)
         if complete.exists():  # only one that was not trusted on resume
@@ -159,9 +157,7 @@ class CheckpointStore:
             raise CheckpointDamagedError(f"{path}: layer {name} is not in the manifest")
         try:
             if path.stat().st_size != expected.size:
-                raise CheckpointDamagedError(
-                    f"{path}: has {path.stat().st_size} bytes instead of {expected.size}"
-                )
+                raise CheckpointDamagedError(f"{path}: has {path.stat().st_size} bytes instead of {expected.size}")
             content = path.read_bytes()
         except OSError as error:
             raise CheckpointDamagedError(f"{path}: {_one_line(error)}") from error

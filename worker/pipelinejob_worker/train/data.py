@@ -64,9 +64,7 @@ class Corpus:
                 "lower one of the two"
             )
         listing = "\n".join(f"{path} {size}" for path, size in zip(self._paths, sizes, strict=True))
-        self.fingerprint = int.from_bytes(
-            hashlib.sha256(listing.encode(errors="surrogateescape")).digest()[:7], "big"
-        )
+        self.fingerprint = int.from_bytes(hashlib.sha256(listing.encode(errors="surrogateescape")).digest()[:7], "big")
         """Of all paths and sizes, below 2**56: two stages that see other files have another one."""
 
     def samples(self, step: int, first: int, count: int) -> torch.Tensor:
@@ -76,9 +74,7 @@ class Corpus:
         Raises ConfigurationError when a file has become shorter, OSError when it cannot be read any more.
         """
         windows = [self._sample(step * self._batch + first + index) for index in range(count)]
-        return torch.from_numpy(
-            np.stack([np.frombuffer(window, dtype=np.uint8) for window in windows])
-        ).long()
+        return torch.from_numpy(np.stack([np.frombuffer(window, dtype=np.uint8) for window in windows])).long()
 
     def _sample(self, position: int) -> bytes:
         epoch, offset = divmod(position, self.windows)

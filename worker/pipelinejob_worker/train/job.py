@@ -42,9 +42,7 @@ def run(assignment: Assignment, link: AgentLink) -> ExitCode:
     corpus = Corpus(train, model.context) if reads_data else None
     store = _open_store(assignment, model)
     with joined(membership, device) as group:
-        log.info(
-            "joined the group", stages=group.stages, device=str(device), layers=describe(stages[group.stage])
-        )
+        log.info("joined the group", stages=group.stages, device=str(device), layers=describe(stages[group.stage]))
         check_same_data([row[0] for row in group.gather(corpus.fingerprint if corpus else 0)])
         loop = StageLoop(train, model, stages[group.stage], corpus, group)
         meter = Meter(

@@ -30,9 +30,7 @@ class StepResult:
 class StageLoop:
     """The layers of one stage, their optimizer and the schedule that runs them with the other stages."""
 
-    def __init__(
-        self, train: Train, model: LayeredModel, layers: range, corpus: Corpus | None, group: Group
-    ) -> None:
+    def __init__(self, train: Train, model: LayeredModel, layers: range, corpus: Corpus | None, group: Group) -> None:
         """Build the layers. ``corpus`` is needed by the first and the last stage only."""
         self.module = StageModule(model, layers, train.seed, group.device)
         self.optimizer = build_optimizer(train.optimizer, self.module.layers)
@@ -85,9 +83,7 @@ class StageLoop:
     def _load(self, step: int, part_of: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
         assert self._corpus is not None
         return [
-            part_of(self._corpus.samples(step, microbatch * self._samples, self._samples)).to(
-                self._group.device
-            )
+            part_of(self._corpus.samples(step, microbatch * self._samples, self._samples)).to(self._group.device)
             for microbatch in range(self._train.microbatches)
         ]
 

@@ -23,11 +23,7 @@ def build_optimizer(settings: Optimizer, layers: Iterable[nn.Module]) -> torch.o
 
 def squared_gradient_norm(layer: nn.Module) -> float:
     """Sum of the squares of a layer's gradients, in float64, in the order of its parameters."""
-    norms = [
-        torch.linalg.vector_norm(p.grad, dtype=torch.float64)
-        for p in layer.parameters()
-        if p.grad is not None
-    ]
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in layer.parameters() if p.grad is not None]
     return sum(float(norm) ** 2 for norm in norms)
 
 
@@ -57,9 +53,7 @@ def layer_state(layer: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, tor
     return state
 
 
-def load_layer_state(
-    layer: nn.Module, optimizer: torch.optim.AdamW, state: dict[str, torch.Tensor], step: int
-) -> None:
+def load_layer_state(layer: nn.Module, optimizer: torch.optim.AdamW, state: dict[str, torch.Tensor], step: int) -> None:
     """Put back what ``layer_state`` gave after ``step`` steps; names and shapes must be the layer's."""
     for name, parameter in layer.named_parameters():
         with torch.no_grad():

@@ -12,9 +12,7 @@ WINDOW_STEPS = 10
 class Meter:
     """Averages over the last steps, without the first step of an incarnation, which also sets things up."""
 
-    def __init__(
-        self, total_steps: int, tokens_per_step: int, stages: Sequence[range], bubble_limit: float
-    ) -> None:
+    def __init__(self, total_steps: int, tokens_per_step: int, stages: Sequence[range], bubble_limit: float) -> None:
         self._total_steps = total_steps
         self._tokens_per_step = tokens_per_step
         self._stages = stages
@@ -37,9 +35,7 @@ class Meter:
             loss=loss,
             bubble_limit_percent=100 * self._bubble_limit,
             last_checkpoint_step=last_checkpoint_step,
-            stages=[
-                StageTiming(stage=i, busy_percent=0, layers=describe(r)) for i, r in enumerate(self._stages)
-            ],
+            stages=[StageTiming(stage=i, busy_percent=0, layers=describe(r)) for i, r in enumerate(self._stages)],
         )
         if not self._steps:
             return known

@@ -38,7 +38,7 @@ def test_four_stages_have_the_losses_of_one_process(namespace: kit.Namespace) ->
     status = run.status
     assert status["summary"] | {"loss": "", "tokensPerSecond": "", "bubble": ""} == {
         "state": "Succeeded",
-        "stages": "0/4",
+        "stages": "4/4",
         "step": "150/150",
         "progress": "100%",
         "loss": "",
@@ -50,7 +50,7 @@ def test_four_stages_have_the_losses_of_one_process(namespace: kit.Namespace) ->
     assert status["restarts"] == 0
     assert [stage["index"] for stage in status["stages"]] == [0, 1, 2, 3]
     assert all(stage["node"] and stage["layers"] for stage in status["stages"])
-    assert {"Accepted", "Placed", "Running", "Succeeded"} <= set(run.events())
+    assert {"Valid", "AllStagesPlaced", "AllStagesReady", "AllStagesSucceeded"} <= set(run.events())
 
 
 def test_gpipe_has_the_same_losses(namespace: kit.Namespace) -> None:
@@ -116,7 +116,7 @@ def test_an_upgrade_of_the_operator_leaves_the_stages_alone(namespace: kit.Names
     run = job(namespace, steps=600)
     run.wait_step(10)
     before = uids(run)
-    install("operator.logLevel=debug")
+    install("operator.logLevel=DEBUG")
     seen = run.step
     run.wait_step(seen + 20)
     assert uids(run) == before, "the new operator reads the old pods' status and touches none of them"

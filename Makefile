@@ -1,0 +1,126 @@
+# `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+NODES ?= 4
+GPUS_PER_NODE ?= 2
+SIMULATED_NODES ?= 0
+IMAGE_TAG ?= dev
+
+export PIPELINEJOB_CACHE ?= /var/cache/pipelinejob
+export PYTHONPATH := operator:worker:.
+export PYTHONDONTWRITEBYTECODE := 1
+export IMAGE_TAG
+
+# One environment for each content of the lock file, outside the checkout: clones share it.
+VENV := $(PIPELINEJOB_CACHE)/venv-$(shell { cat locks/dev.txt; python3 -VV; } | sha256sum | cut -c1-16)
+PYTHON := $(VENV)/bin/python
+CLUSTER := python3 -m tests.cluster
+SOURCES := operator worker tests tools
+
+##@ Try it
+
+.PHONY: help
+help: ## Explain every target.
+	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: ## Train examples/tiny-gpt.yaml on the cluster in KUBECONFIG, or on one started here, and show how it goes.
+	@examples/demo.sh
+
+##@ Test
+
+.PHONY: test
+test: lint test-unit test-integration test-e2e ## Run everything: lint, unit, integration and end-to-end tests.
+
+.PHONY: lint
+lint: $(VENV)/complete ## Check style, types, the arrows between the parts, and that generated files are fresh.
+	$(VENV)/bin/ruff check $(SOURCES)
+	$(VENV)/bin/ruff format --check $(SOURCES)
+	$(VENV)/bin/mypy operator/pipelinejob_operator worker/pipelinejob_worker tests/cluster tools
+	$(VENV)/bin/lint-imports
+	$(PYTHON) -m pipelinejob_operator.api.generate --check
+	$(PYTHON) -m tools.docs --check
+
+.PHONY: test-unit
+test-unit: $(VENV)/complete ## Run the tests that need no cluster.
+	$(CLUSTER) binaries
+	$(PYTHON) -m pytest tests/unit
+
+.PHONY: test-integration
+test-integration: $(VENV)/complete ## Run the tests that need only etcd and an API server, which they start.
+	$(CLUSTER) binaries
+	$(PYTHON) -m pytest tests/integration
+
+.PHONY: test-e2e
+test-e2e: $(VENV)/complete ## Run real jobs on the cluster in KUBECONFIG, or on one started here and taken down again.
+	@if [ -z "$${KUBECONFIG:-}" ]; then trap '$(CLUSTER) down' EXIT; fi; source tests/cluster/use.sh; \
+	$(PYTHON) -m pytest tests/e2e
+
+.PHONY: test-gpu
+test-gpu: $(VENV)/complete ## Run the stage loop on CUDA and NCCL; says so where there is no device.
+	$(PYTHON) -m pytest -s tests/gpu
+
+##@ Develop
+
+.PHONY: venv
+venv: $(VENV)/complete ## Install the locked development dependencies into the cache and print where.
+	@echo $(VENV)
+
+$(VENV)/complete:
+	@python3 -c 'import ensurepip' 2> /dev/null || { apt-get update -qq && apt-get install -y -qq python3-venv; }
+	@echo "installing the development dependencies into $(VENV) (torch is large: some minutes)"
+	rm -rf $(VENV) && mkdir -p $(PIPELINEJOB_CACHE) && python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --require-hashes --no-deps --requirement locks/dev.txt
+	touch $@
+
+.PHONY: format
+format: $(VENV)/complete ## Format the code and mend what ruff can.
+	$(VENV)/bin/ruff check --fix $(SOURCES)
+	$(VENV)/bin/ruff format $(SOURCES)
+
+.PHONY: generate
+generate: $(VENV)/complete ## Write the CRD, the chart's generated files and the reference pages anew.
+	$(PYTHON) -m pipelinejob_operator.api.generate
+	$(PYTHON) -m tools.docs
+
+.PHONY: lock
+lock: ## Resolve the dependencies anew and write locks/.
+	python3 -m venv $(PIPELINEJOB_CACHE)/uv && $(PIPELINEJOB_CACHE)/uv/bin/pip install --quiet uv
+	for part in operator worker dev; do \
+		extras=$$( [ $$part = dev ] && echo --all-extras || echo --extra $$part ); \
+		$(PIPELINEJOB_CACHE)/uv/bin/uv pip compile --quiet --universal --upgrade --generate-hashes --no-emit-index-url \
+			--no-annotate --no-header --python-version 3.11 $$extras --output-file locks/$$part.txt pyproject.toml; \
+	done
+
+##@ Images
+
+.PHONY: images
+images: ## Build the images with buildah, podman or docker (BUILDER=, BASE=, IMAGE_TAG=).
+	images/build.sh operator worker
+
+.PHONY: push
+push: ## Push the images to REGISTRY=, for a cluster elsewhere.
+	@: "$${REGISTRY:?push: REGISTRY is not set; for instance make push REGISTRY=registry.example.com/ml}"
+	images/push.sh "$$REGISTRY"
+
+##@ A cluster on this machine
+
+.PHONY: cluster-up
+cluster-up: ## Start Kubernetes with NODES= and GPUS_PER_NODE= (SIMULATED_NODES= adds kwok nodes), images loaded.
+	@$(CLUSTER) up --nodes $(NODES) --gpus-per-node $(GPUS_PER_NODE) --simulated-nodes $(SIMULATED_NODES)
+
+.PHONY: cluster-load
+cluster-load: ## Build the images whose sources changed and load them into all nodes.
+	@$(CLUSTER) load
+
+.PHONY: cluster-status
+cluster-status: ## Show the cluster's programs and nodes.
+	@$(CLUSTER) status
+
+.PHONY: cluster-down
+cluster-down: ## Take the cluster down and leave nothing but the cache.
+	@$(CLUSTER) down

@@ -85,7 +85,7 @@ def _worker(job: Job, stage: int, installation: Installation, mounts: list[dict[
     taken = {mount.get("mountPath", "").rstrip("/") for mount in worker.get("volumeMounts", [])}
     free = [mount for mount in mounts if mount["mountPath"] not in taken]
     worker["volumeMounts"] = [*worker.get("volumeMounts", []), *free]
-    worker["securityContext"] = _container_security() | (worker.get("securityContext") or {})
+    worker["securityContext"] = _container_security(worker.get("securityContext") or {})
     if job.spec.gpu.count:
         # For an extended resource the API demands that the request equals the limit.
         resources = worker.setdefault("resources", {})
@@ -144,12 +144,12 @@ def _pod_security() -> dict[str, Any]:
     }
 
 
-def _container_security() -> dict[str, Any]:
-    return {
-        "allowPrivilegeEscalation": False,
-        "capabilities": {"drop": ["ALL"]},
-        "readOnlyRootFilesystem": True,
-    }
+def _container_security(given: dict[str, Any]) -> dict[str, Any]:
+    defaults: dict[str, Any] = {"readOnlyRootFilesystem": True}
+    if not given.get("privileged"):  # the API refuses the two together
+        defaults["allowPrivilegeEscalation"] = False
+    capabilities = {"drop": ["ALL"]} | (given.get("capabilities") or {})
+    return defaults | given | {"capabilities": capabilities}
 
 
 def _tolerations(given: list[dict[str, Any]]) -> list[dict[str, Any]]:

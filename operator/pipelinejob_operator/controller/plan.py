@@ -11,7 +11,7 @@ are always deleted.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from pipelinejob_operator.api.v1alpha1 import Condition, Status
 from pipelinejob_operator.build.installation import Installation
@@ -251,7 +251,9 @@ def _restart(d: _Decision, first: Failure, words: str) -> _Decision:
     in_a_row = restart.in_a_row(status.consecutive_restarts, status.first_failure, first, status.progress.step)
     d.draft.failed_stage(first, in_a_row)
     d.retire()
-    kept = [*restart.recent(times, recovery, d.now), d.now][-restart.KEPT_TIMES :]
+    # The API keeps whole seconds: the next one, so that the back-off is never shorter than it says.
+    moment = d.now.replace(microsecond=0) + timedelta(seconds=bool(d.now.microsecond))
+    kept = [*restart.recent(times, recovery, d.now), moment][-restart.KEPT_TIMES :]
     d.draft.set(restarts=status.restarts + 1, restart_times=[rfc3339(time) for time in kept])
     wait = restart.delay(in_a_row).seconds
     d.down(Reason.RESTARTING, f"restart {status.restarts + 1} after {wait} s, because {words}")

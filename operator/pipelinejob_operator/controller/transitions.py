@@ -13,6 +13,7 @@ QUIET = frozenset(
         Reason.SCHEDULING,
         Reason.NOT_PLACED,
         Reason.STARTING,
+        Reason.FAILURE_SEEN,
         Reason.NOT_SUSPENDED,
         Reason.ACTIVE,
         Reason.FINISHED,
@@ -50,17 +51,16 @@ class Notice:
 def notices(old: Status, new: Status) -> list[Notice]:
     """Compare two statuses of one job."""
     before = {item.type: item for item in old.conditions}
-    found = []
+    found: dict[Reason, Notice] = {}
     for item in new.conditions:
-        past = before.get(item.type)
-        reason = Reason(item.reason)
+        past, reason = before.get(item.type), Reason(item.reason)
         if reason in QUIET or (past and (past.status, past.reason) == (item.status, item.reason)):
             continue
-        if item.type == ConditionType.RUNNING and reason is Reason.STOPPING:
-            continue  # said by the condition Suspended, or by what made the job stop
+        # Two conditions may change for one reason: that is one occasion, told in the words of the last.
         kind: Literal["Normal", "Warning"] = "Normal" if reason in GOOD else "Warning"
-        found.append(Notice(kind, reason, item.message, f"{item.type}/{new.attempt}/{item.last_transition_time}"))
-    if new.restarts > old.restarts and not any(notice.reason is Reason.RESTARTING for notice in found):
+        found[reason] = Notice(kind, reason, item.message, f"{new.attempt}/{item.last_transition_time}")
+    if new.restarts > old.restarts:
         running = next(item for item in new.conditions if item.type == ConditionType.RUNNING)
-        found.append(Notice("Warning", Reason.RESTARTING, running.message, f"restart/{new.restarts}"))
-    return found
+        restart = Notice("Warning", Reason.RESTARTING, running.message, f"restart/{new.restarts}")
+        found[Reason.RESTARTING] = restart
+    return list(found.values())

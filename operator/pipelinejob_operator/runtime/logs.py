@@ -41,4 +41,5 @@ def configure(level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)  # probes every few seconds
-    logging.getLogger("kopf").setLevel(max(logging.getLevelName(level), logging.INFO))
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # a line for every event of every object
+    logging.getLogger("kopf").setLevel(logging.INFO)

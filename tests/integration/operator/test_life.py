@@ -1,0 +1,167 @@
+"""A job's whole life against a real API server: from creation over failures to its end."""
+
+from collections.abc import Callable
+
+from aiohttp import web
+
+from pipelinejob_operator.runtime.client import EVENTS, JOBS
+from pipelinejob_worker.protocol import (
+    STATUS_PORT,
+    AgentStatus,
+    ExitCode,
+    Membership,
+    Progress,
+    StageTiming,
+    Termination,
+)
+from tests.integration.operator.harness import (
+    Api,
+    Kubelet,
+    Operator,
+    conditions,
+    eventually,
+    job_manifest,
+    message,
+    running,
+    state,
+)
+
+MEMBERSHIP = "pipelinejob.dev/membership"
+
+
+async def test_a_job_runs_shows_its_progress_and_succeeds(
+    api: Api, namespace: str, kubelet: Kubelet, operator: Callable[..., Operator]
+) -> None:
+    with running(operator()):
+        created = await api.create(JOBS, job_manifest(namespace))
+        job = await eventually(lambda: api.job(namespace), state("Running"))
+        assert conditions(job) == {
+            "Accepted": ("True", "Valid"),
+            "Placed": ("True", "AllStagesPlaced"),
+            "Running": ("True", "AllStagesReady"),
+            "Suspended": ("False", "NotSuspended"),
+            "Succeeded": ("Unknown", "Active"),
+        }
+        assert job["status"]["summary"]["stages"] == "3/3"
+
+        pods = await eventually(
+            lambda: api.pods(namespace),
+            lambda pods: all(pod["metadata"]["annotations"][MEMBERSHIP] for pod in pods),
+        )
+        assert [pod["metadata"]["name"] for pod in pods] == ["tiny-s0-a0", "tiny-s1-a0", "tiny-s2-a0"]
+        middle = Membership.model_validate_json(pods[1]["metadata"]["annotations"][MEMBERSHIP])
+        assert middle == Membership(
+            epoch=1,
+            action="Run",
+            stage=1,
+            stages=3,
+            master_address="127.0.0.10",
+            master_port=29500,
+            previous_address="127.0.0.10",
+            next_address="127.0.0.12",
+        )
+
+        agent = await _agent(created["metadata"]["uid"])
+        try:
+            job = await eventually(
+                lambda: api.job(namespace), lambda job: job["status"]["summary"]["step"] == "120/200"
+            )
+        finally:
+            await agent.cleanup()
+        assert job["status"]["summary"] == {
+            "state": "Running",
+            "stages": "3/3",
+            "step": "120/200",
+            "progress": "60%",
+            "loss": "2.31",
+            "tokensPerSecond": "14.2k",
+            "bubble": "29%",
+        }
+        assert [stage["layers"] for stage in job["status"]["stages"]] == ["0-2", "3-5", "6-9"]
+
+        told = Termination(stage=0, exit_code=0, reason="Completed", step=200).to_json()
+        for pod in await api.pods(namespace):
+            await kubelet.end(pod, 0, told)
+        job = await eventually(lambda: api.job(namespace), state("Succeeded"))
+        assert conditions(job)["Succeeded"] == ("True", "AllStagesSucceeded")
+        assert (job["status"]["summary"]["step"], job["status"]["summary"]["stages"]) == ("200/200", "3/3")
+        assert job["status"]["completionTime"]
+        assert len(await api.pods(namespace)) == 3, "the default policy keeps pods that have ended"
+
+        reasons = {event["reason"] for event in await api.items(EVENTS, namespace)}
+        assert {"Valid", "AllStagesPlaced", "AllStagesReady", "AllStagesSucceeded"} <= reasons
+
+
+async def _agent(job_uid: str) -> web.AppRunner:
+    """Serve the status of stage 0, as its agent does."""
+    status = AgentStatus(
+        job_uid=job_uid,
+        stage=0,
+        epoch=1,
+        state="Running",
+        progress=Progress(
+            step=120,
+            total_steps=200,
+            loss=2.3123,
+            tokens_per_second=14211.0,
+            bubble_percent=29.2,
+            bubble_limit_percent=27.3,
+            remaining_seconds=40.0,
+            last_checkpoint_step=100,
+            stages=[
+                StageTiming(stage=0, busy_percent=71, layers="0-2"),
+                StageTiming(stage=1, busy_percent=72, layers="3-5"),
+                StageTiming(stage=2, busy_percent=70, layers="6-9"),
+            ],
+        ),
+    )
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text=status.to_json(), content_type="application/json")
+
+    app = web.Application()
+    app.router.add_get("/status", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.10", STATUS_PORT).start()
+    return runner
+
+
+async def test_a_failed_stage_restarts_the_gang_until_the_budget_is_spent(
+    api: Api, namespace: str, kubelet: Kubelet, operator: Callable[..., Operator]
+) -> None:
+    with running(operator()):
+        await api.create(JOBS, job_manifest(namespace, recovery={"maxRestarts": 1, "windowSeconds": 3600}))
+        for attempt in (0, 1):
+            await eventually(lambda: api.job(namespace), state("Running"))
+            pods = await eventually(
+                lambda: api.pods(namespace),
+                lambda pods, attempt=attempt: [pod["metadata"]["name"][-1] for pod in pods] == [str(attempt)] * 3,
+            )
+            told = Termination(
+                stage=1, exit_code=1, reason="WorkerFailed", message="loss is NaN", step=7, log_tail=["Traceback", "x"]
+            )
+            await kubelet.end(pods[0], ExitCode.PEER_LOST)
+            await kubelet.end(pods[1], 1, told.to_json())
+            await kubelet.end(pods[2], ExitCode.PEER_LOST)
+            if attempt == 0:
+                job = await eventually(lambda: api.job(namespace), lambda job: job["status"]["restarts"] == 1)
+                assert job["status"]["attempt"] == 1
+                assert job["status"]["firstFailure"] == {
+                    "stage": 1,
+                    "node": "node-1",
+                    "pod": "tiny-s1-a0",
+                    "exitCode": 1,
+                    "reason": "WorkerFailed",
+                    "message": "loss is NaN",
+                    "step": 7,
+                    "logTail": ["Traceback", "x"],
+                }
+        job = await eventually(lambda: api.job(namespace), state("Failed"))
+        assert conditions(job)["Succeeded"] == ("False", "RestartBudgetSpent")
+        for word in ("stage 1", "node-1", "exit code 1", "loss is NaN", "Traceback | x", "1 restarts within 3600 s"):
+            assert word in message(job, "Succeeded")
+        assert [stage["restarts"] for stage in job["status"]["stages"]] == [0, 2, 0]
+        reasons = [event["reason"] for event in await api.items(EVENTS, namespace)]
+        assert reasons.count("Restarting") == 1
+        assert reasons.count("RestartBudgetSpent") == 1

@@ -1,35 +1,31 @@
-{{/* Name of the installation's objects. */}}
 {{- define "pipelinejob.name" -}}
-{{- if contains .Chart.Name .Release.Name -}}
-{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
-{{- else -}}
-{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 50 | trimSuffix "-" -}}
-{{- end -}}
-{{- end -}}
+{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name }}{{ else }}{{ printf "%s-%s" .Release.Name .Chart.Name }}{{ end }}
+{{- end }}
 
-{{/* Labels that find the operator's pods. The first is the one that the NetworkPolicy of a job admits. */}}
-{{- define "pipelinejob.podLabels" -}}
+{{- /* Which pods are the operator's. The NetworkPolicy of a job admits pods by the first of these labels. */}}
+{{- define "pipelinejob.selector" -}}
 app.kubernetes.io/name: pipelinejob-operator
-app.kubernetes.io/component: operator
 app.kubernetes.io/instance: {{ .Release.Name }}
-{{- end -}}
+app.kubernetes.io/component: operator
+{{- end }}
 
-{{/* Labels of every object. */}}
 {{- define "pipelinejob.labels" -}}
-{{ include "pipelinejob.podLabels" . }}
+{{ include "pipelinejob.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
-{{- end -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end }}
 
-{{/* Reference of an image: (dict "image" .Values.x.image "chart" .Chart) */}}
+{{- /* Takes (list ROOT IMAGE). */}}
 {{- define "pipelinejob.image" -}}
-{{ .image.repository }}:{{ .image.tag | default .chart.AppVersion }}
-{{- end -}}
+{{- $root := first . }}{{ $image := last . -}}
+{{ printf "%s:%s" $image.repository ($image.tag | default $root.Chart.AppVersion) }}
+{{- end }}
 
-{{/* The operator's service account as the subject of a binding. */}}
-{{- define "pipelinejob.subject" -}}
-- kind: ServiceAccount
-  name: {{ include "pipelinejob.name" . }}
-  namespace: {{ .Release.Namespace }}
-{{- end -}}
+{{- /* A RoleBinding's or ClusterRoleBinding's subjects. */}}
+{{- define "pipelinejob.subjects" -}}
+subjects:
+  - kind: ServiceAccount
+    name: {{ include "pipelinejob.name" . }}
+    namespace: {{ .Release.Namespace }}
+{{- end }}

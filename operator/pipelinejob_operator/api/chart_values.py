@@ -99,8 +99,8 @@ class NetworkPolicy(_Values):
 
     enabled: bool = Field(
         False,
-        description="Admit only reads of health and metrics; let out only to DNS, the API server and the stages. Needed "
-        "where the namespace denies by default.",
+        description="Admit only reads of health and metrics; let out only to DNS, the API server and the stages. "
+        "Needed where the namespace denies by default.",
     )
     api_server_ports: list[Annotated[int, Field(ge=1, le=65535)]] = Field(
         [443, 6443], min_length=1, description="Ports of the API server, of its Service and of its endpoints."

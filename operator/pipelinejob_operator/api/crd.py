@@ -5,6 +5,7 @@ null, no ``const``, and defaults on each level so that an omitted section gets i
 Kubernetes documentation on CustomResourceDefinitions ("Specifying a structural schema", "Defaulting").
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel
@@ -18,6 +19,8 @@ CRD_NAME = f"{api.PLURAL}.{api.GROUP}"
 INT32_MAX = 2**31 - 1
 
 _DROPPED = frozenset({"title", "$defs", "additionalProperties"})
+_EMPTY: tuple[object, ...] = (None, "", [])
+"""Defaults that say nothing: absent is the same."""
 
 
 def crd() -> Schema:
@@ -81,33 +84,37 @@ def _object(model: type[BaseModel]) -> Schema:
     return schema
 
 
-def _structural(node: Any, definitions: Schema) -> Any:
-    """Rewrite one node of pydantic's schema."""
-    if isinstance(node, list):
-        return [_structural(item, definitions) for item in node]
-    if not isinstance(node, dict):
-        return node
+def _structural(node: Schema, definitions: Schema) -> Schema:
+    """Rewrite one node of pydantic's schema, and the nodes below it."""
     if "$ref" in node:
         target = definitions[node["$ref"].rpartition("/")[2]]
-        node = {**target, **{key: value for key, value in node.items() if key != "$ref"}}
+        return _structural({**target, **_without("$ref", node)}, definitions)
     if "anyOf" in node:
         (only,) = (choice for choice in node["anyOf"] if choice != {"type": "null"})
-        node = {**only, **{key: value for key, value in node.items() if key != "anyOf"}}
-        return _structural(node, definitions)
-    if "const" in node:
-        node = {**node, "enum": [node["const"]]}
-    result = {
-        key: {name: _structural(child, definitions) for name, child in value.items()}
-        if key == "properties"
-        else value
-        if key in ("default", "enum", "x-kubernetes-validations")
-        else _structural(value, definitions)
-        for key, value in node.items()
-        if key not in _DROPPED and key != "const" and not (key == "default" and value in (None, "", []))
+        return _structural({**only, **_without("anyOf", node)}, definitions)
+    kept = {
+        key: value for key, value in node.items() if key not in _DROPPED and not (key == "default" and value in _EMPTY)
     }
+    result = _with_children(kept, lambda child: _structural(child, definitions))
+    if "const" in result:
+        result["enum"] = [result.pop("const")]
     if result.get("type") == "integer":
         result["format"] = "int32" if result.get("maximum", INT32_MAX + 1) <= INT32_MAX else "int64"
     return result
+
+
+def _without(key: str, node: Schema) -> Schema:
+    return {name: value for name, value in node.items() if name != key}
+
+
+def _with_children(node: Schema, change: Callable[[Schema], Schema]) -> Schema:
+    """Apply a change to each node right below one."""
+    changed: Schema = {}
+    if "properties" in node:
+        changed["properties"] = {name: change(child) for name, child in node["properties"].items()}
+    if "items" in node:
+        changed["items"] = change(node["items"])
+    return {**node, **changed}
 
 
 def _default_sections(model: type[BaseModel], schema: Schema) -> None:
@@ -130,16 +137,6 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
     return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
-def _without_defaults(node: Any) -> Any:
+def _without_defaults(node: Schema) -> Schema:
     """Drop defaults: a status shows what was observed, so the API server must not invent any of it."""
-    if isinstance(node, list):
-        return [_without_defaults(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    return {
-        key: {name: _without_defaults(child) for name, child in value.items()}
-        if key == "properties"
-        else _without_defaults(value)
-        for key, value in node.items()
-        if key != "default"
-    }
+    return _with_children(_without("default", node), _without_defaults)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from pipelinejob_operator.api import chart, crd, reference
+from pipelinejob_operator.api import chart, crd, reference, v1alpha1
 
 ROOT = Path(__file__).resolve().parents[3]
 CHART = Path("charts/pipelinejob")
@@ -43,7 +43,7 @@ def files() -> dict[Path, str]:
     """Return the content of each generated file by its path in the project."""
     text = yaml.dump(crd.crd(), Dumper=_Dumper, sort_keys=False, width=120)
     return {
-        Path(f"crds/{crd.CRD_NAME.replace('pipelinejobs.', '')}_{crd.api.PLURAL}.yaml"): HEADER + text,
+        Path(f"crds/{v1alpha1.GROUP}_{v1alpha1.PLURAL}.yaml"): HEADER + text,
         CHART / "templates" / "crds.yaml": chart_crd(text),
         CHART / "values.yaml": chart.values_yaml(HEADER),
         CHART / "values.schema.json": chart.values_schema(),

@@ -6,10 +6,11 @@ here; what it cannot say is checked by ``policy/acceptance.py`` and becomes the 
 
 from typing import Annotated, Any, Literal
 
+from pydantic import ConfigDict, Field
+
 from pipelinejob_worker.protocol import Checkpoint, Env, Model, Train
 from pipelinejob_worker.protocol.base import Wire
 from pipelinejob_worker.protocol.job import cel
-from pydantic import ConfigDict, Field
 
 GROUP = "pipelinejob.dev"
 VERSION = "v1alpha1"

@@ -25,7 +25,7 @@ SOURCES := operator worker tests tools
 .PHONY: help
 help: ## Explain every target.
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
-		/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+		/^[a-z0-9-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: ## Train examples/tiny-gpt.yaml on the cluster in KUBECONFIG, or on one started here, and show how it goes.

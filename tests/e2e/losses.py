@@ -5,7 +5,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipelinejob_worker.protocol import WorkerConfig
-
 from tests.e2e import kit
 from tests.e2e.conftest import TEXT
 from tests.unit.worker.reference import reference_losses

@@ -1,6 +1,7 @@
 """What the rules decide on: plain values, read from manifests, without any of their depth."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -55,7 +56,7 @@ class Ended:
         return cls(code, at, reason, told.message, told.step, _tail(told.log_tail))
 
 
-def _tail(lines: list[str]) -> tuple[str, ...]:
+def _tail(lines: Sequence[str]) -> tuple[str, ...]:
     kept = [line.rstrip()[:LOG_LINE_CHARACTERS] for line in lines if line.strip()]
     return tuple(kept[-LOG_LINES:])
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from pipelinejob_operator.runtime import metrics
 from pipelinejob_operator.runtime.cache import Key
-from pipelinejob_worker.protocol import STATUS_PORT, SUPPORTED_VERSIONS, AgentStatus
+from pipelinejob_worker.protocol import PROTOCOL_VERSION, STATUS_PORT, AgentStatus
 
 PERIOD_SECONDS = 3.0
 JITTER = 0.2
@@ -97,7 +97,9 @@ async def ask(session: aiohttp.ClientSession, address: str) -> AgentStatus:
         status = AgentStatus.model_validate_json(body)
     except ValidationError as error:
         raise ValueError(f"the agent at {address} sends no status: {error.error_count()} fields are wrong") from error
-    if status.protocol_version not in SUPPORTED_VERSIONS:
-        allowed = ", ".join(map(str, sorted(SUPPORTED_VERSIONS)))
-        raise ValueError(f"the agent at {address} speaks protocol {status.protocol_version}; allowed: {allowed}")
+    if status.oldest_reader > PROTOCOL_VERSION:
+        raise ValueError(
+            f"the agent at {address} speaks protocol {status.protocol_version}, which readers of protocol "
+            f"{status.oldest_reader} understand; this operator has {PROTOCOL_VERSION}: upgrade it"
+        )
     return status

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from pipelinejob_operator.api.crd import structural_schema
 from pipelinejob_operator.api.v1alpha1 import KIND
 from pipelinejob_operator.build.job import Job
@@ -13,7 +14,6 @@ from pipelinejob_operator.policy.facts import Claim
 from pipelinejob_worker.models import model_of
 from pipelinejob_worker.pipeline.partition import describe, partition
 from pipelinejob_worker.pipeline.schedule import bubble_limit
-
 from tests.unit.docs.pages import DOCS, ROOT, Object, pages, yaml_blocks
 
 EXAMPLES = {path.name: list(yaml.safe_load_all(path.read_text())) for path in (ROOT / "examples").glob("*.yaml")}

@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
+from prometheus_client.metrics import MetricWrapperBase
+
 from pipelinejob_operator.build import names
 from pipelinejob_operator.controller import status
 from pipelinejob_operator.policy.reasons import ConditionType, Reason
@@ -22,9 +25,6 @@ from pipelinejob_worker.protocol import (
     Progress,
     StageTiming,
 )
-from prometheus_client import REGISTRY
-from prometheus_client.metrics import MetricWrapperBase
-
 from tests.unit.docs.pages import DOCS, ROOT, anchors, links, pages, table
 from tools.docs import stale
 

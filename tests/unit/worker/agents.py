@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pipelinejob_worker.protocol import AgentStatus, Membership, Termination, WorkerConfig
-
 from tests.unit.worker.forked import free_port
 
 ROOT = Path(__file__).parents[3]

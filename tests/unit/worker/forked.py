@@ -28,18 +28,18 @@ _server.set_forkserver_preload(["pipelinejob_worker.train.worker", "tests.unit.w
 
 @cache
 def _start_server() -> None:
-    """Start the clean parent. It finds our modules by the environment only: Python 3.11 hands it no path."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    """Start the clean parent, in an environment of its own.
+
+    It finds our modules by PYTHONPATH only, as Python 3.11 hands it no path, and numpy must not start threads in it: a
+    fork beside another thread can inherit a lock that nobody will release.
+    """
+    before = dict(os.environ)
+    os.environ |= {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
     try:
         forkserver.ensure_running()
     finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
-
-
-PATIENCE_SECONDS = 120.0
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def call(function: Callable[..., Result], *arguments: Any) -> Result:

@@ -4,12 +4,12 @@ import math
 import os
 
 import torch
+from torch.nn import functional
+
 from pipelinejob_worker.models import model_of
 from pipelinejob_worker.models.randomness import mix
 from pipelinejob_worker.protocol import WorkerConfig
 from pipelinejob_worker.train.data import Corpus
-from torch.nn import functional
-
 from tests.unit.worker import forked
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from pipelinejob_worker.protocol import ExitCode, Membership
 from tests.unit.worker.agents import Pod, until
 from tests.unit.worker.jobs import job
@@ -178,7 +179,7 @@ def test_a_stage_leaves_when_its_group_is_replaced(tmp_path: Path) -> None:
     ("text", "message"),
     [
         (membership(stage=1, stages=2).to_json(), "is of stage 1; allowed: this pod's stage 0"),
-        (membership(protocol_version=99).to_json(), "protocol version 99 is unknown"),
+        (membership(oldest_reader=99).to_json(), "needs protocol 99 or newer; this worker image has"),
         ("{", "not valid"),
         ("[]", "not valid"),
         ('{"protocolVersion": 1}', "not valid"),

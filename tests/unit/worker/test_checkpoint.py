@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.state.checkpoint import CheckpointDamagedError, CheckpointStore
 from pipelinejob_worker.state.history import History
@@ -81,7 +82,7 @@ def test_a_distrusted_checkpoint_is_replaced_when_its_step_is_saved_again(tmp_pa
 
 def test_another_model_is_refused_with_both_names(tmp_path: Path) -> None:
     save(store(tmp_path, "gpt layers=2 seed=0"), 10)
-    with pytest.raises(ConfigurationError, match="gpt layers=2 seed=0.*gpt layers=4 seed=0.*use another claim"):
+    with pytest.raises(ConfigurationError, match=r"gpt layers=2 seed=0.*gpt layers=4 seed=0.*use another claim"):
         store(tmp_path, "gpt layers=4 seed=0").manifest(10)
 
 

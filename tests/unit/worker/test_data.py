@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.protocol import Train
 from pipelinejob_worker.train.data import Corpus, check_same_data, inputs_of, permuted, targets_of

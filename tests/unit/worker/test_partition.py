@@ -4,6 +4,7 @@ from itertools import combinations, pairwise
 from random import Random
 
 import pytest
+
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.models import model_of
 from pipelinejob_worker.pipeline.partition import describe, partition

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from pipelinejob_worker.protocol import ExitCode, WorkerConfig
 from tests.unit.worker.forked import pipeline, run_to_end
 from tests.unit.worker.jobs import history, job

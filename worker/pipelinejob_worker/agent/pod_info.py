@@ -15,7 +15,7 @@ from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.protocol import (
     CONFIG_FILE,
     MEMBERSHIP_FILE,
-    SUPPORTED_VERSIONS,
+    PROTOCOL_VERSION,
     Membership,
     WorkerConfig,
 )
@@ -54,12 +54,11 @@ def newer_membership(text: str, stage: int, seen_epoch: int) -> Membership | Non
     if not text.strip():
         return None
     try:
-        version = json.loads(text)["protocolVersion"]
-        if version not in SUPPORTED_VERSIONS:
+        oldest = json.loads(text)["oldestReader"]
+        if oldest > PROTOCOL_VERSION:
             raise ConfigurationError(
-                f"membership: protocol version {version} is unknown to this worker image; allowed: "
-                f"{', '.join(map(str, sorted(SUPPORTED_VERSIONS)))}; use a worker image of the operator's "
-                "release"
+                f"membership: needs protocol {oldest} or newer; this worker image has {PROTOCOL_VERSION}; use one of "
+                "the operator's release"
             )
         membership = Membership.model_validate_json(text)
     except (ValueError, KeyError, TypeError) as error:

@@ -168,4 +168,4 @@ def write_termination(settings: Settings, content: bytes) -> None:
 
 def _group(membership: Membership) -> Membership:
     """The membership without what may change while the group stays."""
-    return membership.model_copy(update={"epoch": 1, "protocol_version": 1})
+    return membership.model_copy(update={"epoch": 1, "protocol_version": 1, "oldest_reader": 1})

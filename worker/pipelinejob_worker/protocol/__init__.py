@@ -1,15 +1,15 @@
-"""All that operator and worker agree on. Imports only pydantic; both sides import it, and nothing else of each other."""
+"""All that operator and worker agree on. Imports only pydantic; the operator imports nothing else of the worker."""
 
 from pipelinejob_worker.protocol.environment import (
     CHECKPOINT_DIRECTORY,
     CONFIG_FILE,
     MEMBERSHIP_FILE,
+    OLDEST_READER,
     POD_INFO_DIRECTORY,
     PROTOCOL_VERSION,
     RENDEZVOUS_PORT,
     SCRATCH_DIRECTORY,
     STATUS_PORT,
-    SUPPORTED_VERSIONS,
     TERMINATION_LOG,
     WORKER_CONTAINER,
     Env,
@@ -40,12 +40,12 @@ __all__ = [
     "CONFIG_FILE",
     "MEMBERSHIP_FILE",
     "MEMBERSHIP_LIMIT_BYTES",
+    "OLDEST_READER",
     "POD_INFO_DIRECTORY",
     "PROTOCOL_VERSION",
     "RENDEZVOUS_PORT",
     "SCRATCH_DIRECTORY",
     "STATUS_PORT",
-    "SUPPORTED_VERSIONS",
     "TERMINATION_LIMIT_BYTES",
     "TERMINATION_LOG",
     "WORKER_CONTAINER",

@@ -3,9 +3,13 @@
 from enum import IntEnum, StrEnum
 
 PROTOCOL_VERSION = 1
-"""Version that this release writes. The operator also speaks the one before (see ``SUPPORTED_VERSIONS``)."""
+"""Version of what this release writes; it grows when a member is added, or changes its meaning."""
 
-SUPPORTED_VERSIONS = frozenset({PROTOCOL_VERSION - 1, PROTOCOL_VERSION} - {0})
+OLDEST_READER = max(1, PROTOCOL_VERSION - 1)
+"""Oldest version whose programs can act on what this release writes: the one before, so that an operator can be
+upgraded while jobs run. Every document carries it, and a reader refuses what is too new for it. What older programs
+write lacks the newer members, so each of these has a default.
+"""
 
 WORKER_CONTAINER = "worker"
 """Name of the container in ``spec.template`` that belongs to us."""

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipelinejob_worker.protocol.base import Wire
-from pipelinejob_worker.protocol.environment import PROTOCOL_VERSION
+from pipelinejob_worker.protocol.environment import OLDEST_READER, PROTOCOL_VERSION
 
 MEMBERSHIP_LIMIT_BYTES = 4096
 """Longest membership: it is copied into an annotation of every stage pod."""
@@ -19,6 +19,7 @@ class Membership(Wire):
     """
 
     protocol_version: int = PROTOCOL_VERSION
+    oldest_reader: int = OLDEST_READER
     epoch: int = Field(ge=1)
     action: Literal["Run", "Stop"]
     stage: int = Field(ge=0)

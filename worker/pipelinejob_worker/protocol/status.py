@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipelinejob_worker.protocol.base import Wire
-from pipelinejob_worker.protocol.environment import PROTOCOL_VERSION
+from pipelinejob_worker.protocol.environment import OLDEST_READER, PROTOCOL_VERSION
 
 AgentState = Literal["Waiting", "Starting", "Running", "Draining", "Succeeded", "Failed"]
 
@@ -32,13 +32,14 @@ class Progress(Wire):
     bubble_limit_percent: float | None = Field(None, description="What the schedule allows at best, 0 to 100.")
     remaining_seconds: float | None = None
     last_checkpoint_step: int = 0
-    stages: list[StageTiming] = []
+    stages: tuple[StageTiming, ...] = ()
 
 
 class AgentStatus(Wire):
     """Answer of ``GET /status``."""
 
     protocol_version: int = PROTOCOL_VERSION
+    oldest_reader: int = OLDEST_READER
     job_uid: str
     stage: int
     epoch: int
@@ -55,4 +56,4 @@ class Termination(Wire):
     reason: str
     message: str = ""
     step: int = 0
-    log_tail: list[str] = []
+    log_tail: tuple[str, ...] = ()

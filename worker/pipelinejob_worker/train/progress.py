@@ -35,7 +35,7 @@ class Meter:
             loss=loss,
             bubble_limit_percent=100 * self._bubble_limit,
             last_checkpoint_step=last_checkpoint_step,
-            stages=[StageTiming(stage=i, busy_percent=0, layers=describe(r)) for i, r in enumerate(self._stages)],
+            stages=tuple(StageTiming(stage=i, busy_percent=0, layers=describe(r)) for i, r in enumerate(self._stages)),
         )
         if not self._steps:
             return known
@@ -46,9 +46,9 @@ class Meter:
                 "tokens_per_second": self._tokens_per_step * len(self._steps) / seconds,
                 "bubble_percent": max(0.0, 100 * (1 - sum(shares) / len(shares))),
                 "remaining_seconds": (self._total_steps - step) * seconds / len(self._steps),
-                "stages": [
+                "stages": tuple(
                     timing.model_copy(update={"busy_percent": round(100 * share)})
                     for timing, share in zip(known.stages, shares, strict=True)
-                ],
+                ),
             }
         )

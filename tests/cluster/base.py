@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 from tests.cluster import cache, commands, progress, settings
+from tests.cluster.builder import Builder
 from tests.cluster.errors import ClusterError
 
 CHOICES = ("debootstrap", "pull")
@@ -58,7 +59,7 @@ def _debootstrap(target: Path, log: Path) -> None:
     (target / "Containerfile").write_text(CONTAINERFILE)
 
 
-def ensure(environment: dict[str, str]) -> str:
+def ensure(builder: Builder) -> str:
     """Return the name of the base image to build upon, or "" for the Containerfiles' default."""
     if choice() == "pull":
         return ""
@@ -71,8 +72,6 @@ def ensure(environment: dict[str, str]) -> str:
             _debootstrap(target, log)
 
     root = cache.ensure("base", key(), build)
-    if not commands.succeeds(
-        "env", *(f"{k}={v}" for k, v in environment.items()), "buildah", "inspect", "--type=image", name
-    ):
-        commands.run("buildah", "build", "--tag", name, root, environment=environment, log=log)
+    if not builder.has(name):
+        builder.run("buildah", "build", "--tag", name, root, log=log)
     return name

@@ -40,6 +40,7 @@ def controller_manager(plane: ControlPlane, *, fast: bool) -> Program:
         f"--cluster-signing-key-file={pki.directory / 'ca.key'}",
         "--use-service-account-credentials=true",
         f"--node-monitor-grace-period={NODE_GRACE}",
+        f"--flex-volume-plugin-dir={plane.home}/volume-plugins",  # it makes the default one otherwise
         "--leader-elect=false",
         *(FAST_CLIENT if fast else ()),
         *plane.configuration.gate_flags(),

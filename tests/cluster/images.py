@@ -11,15 +11,14 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster import base, binaries, cache, commands, oci, progress, settings
+from tests.cluster.builder import REPOSITORY_NAME, Builder, tag
 from tests.cluster.errors import ClusterError
 from tests.cluster.node import PAUSE_IMAGE, Node
 from tests.cluster.processes import Program
 
-REPOSITORY_NAME = "localhost/pipelinejob"
 NAMES = ("operator", "worker")
 INPUTS = {
     "operator": (
@@ -29,16 +28,11 @@ INPUTS = {
     ),
     "worker": ("worker/pipelinejob_worker",),
 }
-SEED_FORMAT = "1"
+SEED_FORMAT = "2"
 CONTENT = "io.containerd.content.v1.content/blobs/sha256"
 
 Loaded = dict[str, dict[str, str]]
 """Image name to its ``key`` (hash of its inputs) and the digest of its ``manifest``."""
-
-
-def tag() -> str:
-    """Return the tag of the project's images."""
-    return os.environ.get("IMAGE_TAG", "dev")
 
 
 def seed() -> Path:
@@ -75,53 +69,6 @@ def key_of(name: str) -> str:
     ]
     sources = [part for file in _sources(name) for part in (str(file.relative_to(settings.REPOSITORY)), file)]
     return cache.digest(base.key(), *recipe, *sources)
-
-
-@dataclass(frozen=True)
-class Builder:
-    """buildah with a storage of its own in the cache."""
-
-    storage: Path
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The variables that make buildah use this storage, and no container runtime."""
-        return {
-            "BUILDAH_ISOLATION": "chroot",
-            "BUILDER": "buildah",
-            "CONTAINERS_STORAGE_CONF": str(self.storage / "storage.conf"),
-        }
-
-    def prepare(self) -> None:
-        """Write the storage's configuration."""
-        self.storage.mkdir(parents=True, exist_ok=True)
-        run_root = settings.RUN.with_name(f"{settings.RUN.name}-buildah")
-        (self.storage / "storage.conf").write_text(
-            f'[storage]\ndriver = "overlay"\ngraphroot = "{self.storage}/storage"\nrunroot = "{run_root}"\n'
-        )
-
-    def build(self, name: str, base_image: str) -> None:
-        """Build an image; layers whose inputs are unchanged come from the storage."""
-        log = settings.CACHE / "log" / f"image-{name}.log"
-        log.unlink(missing_ok=True)
-        chosen = {"BASE": base_image} if base_image else {}
-        commands.run(
-            settings.REPOSITORY / "images" / "build.sh",
-            name,
-            environment={**self.environment, **chosen, "IMAGE_REPOSITORY": REPOSITORY_NAME, "IMAGE_TAG": tag()},
-            log=log,
-        )
-
-    def push(self, image: str, layout: Path) -> str:
-        """Write an image into an OCI layout that may hold blobs already; return the manifest's digest."""
-        # Uncompressed layers: they import faster, and keep the digest under which the seed has them.
-        commands.run(
-            *("buildah", "push", "--quiet", "--format=oci", "--disable-compression", image, f"oci:{layout}:image"),
-            environment=self.environment,
-        )
-        index = json.loads((layout / "index.json").read_text())
-        digest: str = index["manifests"][0]["digest"]
-        return digest
 
 
 @contextmanager
@@ -210,7 +157,7 @@ def ensure_seed() -> Path:
             return seed()
         builder = Builder(settings.CACHE / "containers")
         builder.prepare()
-        base_image = base.ensure(builder.environment) if stale else ""
+        base_image = base.ensure(builder) if stale else ""
         for image, entry in stale.items():
             with progress.step(f"building image {image}", key=f"image-{entry['name']}", usual="worker: about 3 min"):
                 builder.build(entry["name"], base_image)

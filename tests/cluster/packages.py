@@ -17,6 +17,7 @@ PROGRAMS = {
     "nsenter": "util-linux",
     "openssl": "openssl",
     "runc": "runc",
+    "skopeo": "skopeo",
     "tar": "tar",
     "tc": "iproute2",
 }

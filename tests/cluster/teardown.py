@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.cluster import cgroups, network, processes, settings
 
-PLACES = (settings.STATE, settings.RUN, settings.RUN.with_name(f"{settings.RUN.name}-buildah"))
+PLACES = (settings.STATE, settings.RUN)
 
 
 def _end_processes() -> None:

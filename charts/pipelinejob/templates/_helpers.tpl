@@ -1,31 +1,35 @@
+{{/* Name of the installation's objects. */}}
 {{- define "pipelinejob.name" -}}
-{{- if contains .Chart.Name .Release.Name }}{{ .Release.Name }}{{ else }}{{ printf "%s-%s" .Release.Name .Chart.Name }}{{ end }}
-{{- end }}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
 
-{{- /* Which pods are the operator's. The NetworkPolicy of a job admits pods by the first of these labels. */}}
-{{- define "pipelinejob.selector" -}}
+{{/* Labels that find the operator's pods. The first is the one that the NetworkPolicy of a job admits. */}}
+{{- define "pipelinejob.podLabels" -}}
 app.kubernetes.io/name: pipelinejob-operator
-app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: operator
-{{- end }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
 
+{{/* Labels of every object. */}}
 {{- define "pipelinejob.labels" -}}
-{{ include "pipelinejob.selector" . }}
+{{ include "pipelinejob.podLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
-{{- end }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end -}}
 
-{{- /* Takes (list ROOT IMAGE). */}}
+{{/* Reference of an image: (dict "image" .Values.x.image "chart" .Chart) */}}
 {{- define "pipelinejob.image" -}}
-{{- $root := first . }}{{ $image := last . -}}
-{{ printf "%s:%s" $image.repository ($image.tag | default $root.Chart.AppVersion) }}
-{{- end }}
+{{ .image.repository }}:{{ .image.tag | default .chart.AppVersion }}
+{{- end -}}
 
-{{- /* A RoleBinding's or ClusterRoleBinding's subjects. */}}
-{{- define "pipelinejob.subjects" -}}
-subjects:
-  - kind: ServiceAccount
-    name: {{ include "pipelinejob.name" . }}
-    namespace: {{ .Release.Namespace }}
-{{- end }}
+{{/* The operator's service account as the subject of a binding. */}}
+{{- define "pipelinejob.subject" -}}
+- kind: ServiceAccount
+  name: {{ include "pipelinejob.name" . }}
+  namespace: {{ .Release.Namespace }}
+{{- end -}}

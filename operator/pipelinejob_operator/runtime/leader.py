@@ -7,12 +7,12 @@ tests the value it replaces, status writes test the version they were made from,
 import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 import structlog
 
-from pipelinejob_operator.runtime.client import CONFLICT, LEASES, ApiError, Kubernetes
+from pipelinejob_operator.runtime.client import CONFLICT, LEASES, ApiError, Resource
 
 LEASE_SECONDS = 15
 """Others may take a lease that was not renewed for so long."""
@@ -21,6 +21,19 @@ DEADLINE_SECONDS = 10
 RETRY_SECONDS = 2
 
 log = structlog.get_logger(__name__)
+
+
+class LeaseStore(Protocol):
+    """The API server, as far as an election needs it."""
+
+    async def get(self, resource: Resource, namespace: str, name: str) -> dict[str, Any] | None:
+        """Read an object; None where there is none."""
+
+    async def create_lease(self, lease: dict[str, Any]) -> dict[str, Any]:
+        """Create a lease; raises ``ApiError`` 409 where there is one."""
+
+    async def replace_lease(self, lease: dict[str, Any]) -> dict[str, Any]:
+        """Replace a lease; raises ``ApiError`` 409 where it is no longer as we read it."""
 
 
 class NotLeaderError(Exception):
@@ -48,20 +61,20 @@ class Leader:
         if not self.leads:
             raise NotLeaderError(f"{self.identity} does not hold lease {self._namespace}/{self._name}")
 
-    async def run(self, kubernetes: Kubernetes) -> None:
+    async def run(self, kubernetes: LeaseStore) -> None:
         """Win the lease, then keep it; raises ``NotLeaderError`` once it is lost: the process must then
         end.
         """
         while True:
             try:
-                await self._try(kubernetes)
+                await self.attempt(kubernetes)
             except (ApiError, aiohttp.ClientError, TimeoutError) as error:
                 log.warning("cannot renew the lease", error=str(error))
             if self.elected.is_set():
                 self.require()
             await asyncio.sleep(RETRY_SECONDS)
 
-    async def release(self, kubernetes: Kubernetes) -> None:
+    async def release(self, kubernetes: LeaseStore) -> None:
         """Give the lease up, so that the next replica need not wait for it to expire."""
         if not self.leads:
             return
@@ -71,7 +84,7 @@ class Leader:
             lease["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1}
             await kubernetes.replace_lease(lease)
 
-    async def _try(self, kubernetes: Kubernetes) -> None:
+    async def attempt(self, kubernetes: LeaseStore) -> None:
         """Create, take over or renew the lease; a conflict means that somebody else was faster."""
         started = self._clock()
         lease = await kubernetes.get(LEASES, self._namespace, self._name)

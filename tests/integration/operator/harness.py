@@ -34,7 +34,7 @@ class Api(Kubernetes):
     @classmethod
     async def open(cls, kubeconfig: Path) -> "Api":
         settings = client.Configuration()
-        await config.load_kube_config(config_file=str(kubeconfig), client_configuration=settings)
+        await config.load_kube_config(config_file=str(kubeconfig), client_configuration=settings)  # type: ignore[no-untyped-call]
         return cls(client.ApiClient(settings), lambda: None)
 
     async def post(self, path: str, body: Manifest) -> Manifest:
@@ -86,7 +86,8 @@ def conditions(job: Manifest) -> dict[str, tuple[str, str]]:
 
 
 def message(job: Manifest, kind: str) -> str:
-    return next(item["message"] for item in job["status"]["conditions"] if item["type"] == kind)
+    found: str = next(item["message"] for item in job["status"]["conditions"] if item["type"] == kind)
+    return found
 
 
 def state(word: str) -> Callable[[Manifest], bool]:

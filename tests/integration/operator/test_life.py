@@ -1,6 +1,7 @@
 """A job's whole life against a real API server: from creation over failures to its end."""
 
 from collections.abc import Callable
+from functools import partial
 
 from aiohttp import web
 
@@ -17,6 +18,7 @@ from pipelinejob_worker.protocol import (
 from tests.integration.operator.harness import (
     Api,
     Kubelet,
+    Manifest,
     Operator,
     conditions,
     eventually,
@@ -92,6 +94,10 @@ async def test_a_job_runs_shows_its_progress_and_succeeds(
         assert {"Valid", "AllStagesPlaced", "AllStagesReady", "AllStagesSucceeded"} <= reasons
 
 
+def all_of_attempt(attempt: int, pods: list[Manifest]) -> bool:
+    return [pod["metadata"]["name"] for pod in pods] == [f"tiny-s{stage}-a{attempt}" for stage in range(3)]
+
+
 async def _agent(job_uid: str) -> web.AppRunner:
     """Serve the status of stage 0, as its agent does."""
     status = AgentStatus(
@@ -136,7 +142,7 @@ async def test_a_failed_stage_restarts_the_gang_until_the_budget_is_spent(
             await eventually(lambda: api.job(namespace), state("Running"))
             pods = await eventually(
                 lambda: api.pods(namespace),
-                lambda pods, attempt=attempt: [pod["metadata"]["name"][-1] for pod in pods] == [str(attempt)] * 3,
+                partial(all_of_attempt, attempt),
             )
             told = Termination(
                 stage=1, exit_code=1, reason="WorkerFailed", message="loss is NaN", step=7, log_tail=["Traceback", "x"]

@@ -86,10 +86,10 @@ class AgentLink:
 
         Raises AgentGoneError when the agent has ended.
         """
-        while not self._drain and select.select([self._connection], [], [], 0)[0]:
+        while select.select([self._connection], [], [], 0)[0]:
             self._receive()
-            while (line := self._take_line()) is not None:
-                self._drain = self._drain or json.loads(line).get("kind") == Drain().kind
+        while (line := self._take_line()) is not None:
+            self._drain = self._drain or json.loads(line).get("kind") == Drain().kind
         return self._drain
 
     def send(self, event: Event) -> None:

@@ -26,6 +26,9 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["pipelinejob_worker.train.worker", "tests.unit.worker.reference"])
 
 
+PATIENCE_SECONDS = 120.0
+
+
 @cache
 def _start_server() -> None:
     """Start the clean parent, in an environment of its own.
@@ -72,13 +75,13 @@ def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[A
 class Stage:
     """The worker of one stage, as its agent sees it: a process at the other end of a link."""
 
-    def __init__(self, assignment: Assignment, log: Path) -> None:
+    def __init__(self, assignment: Assignment, log: Path, device: int = 0) -> None:
         _start_server()
         self._log = log
         self._connection, theirs = socket.socketpair()
         self._connection.settimeout(PATIENCE_SECONDS)
         self._lines = self._connection.makefile("rb")
-        self._process = _server.Process(target=_work, args=(theirs, log))
+        self._process = _server.Process(target=_work, args=(theirs, log, device))
         self._process.start()
         theirs.close()
         self._send(assignment)
@@ -131,11 +134,12 @@ class Stage:
         self._connection.sendall(message.to_json().encode() + b"\n")
 
 
-def _work(connection: socket.socket, log: Path) -> None:
+def _work(connection: socket.socket, log: Path, device: int) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["LOCAL_RANK"] = str(device)
     os.environ.pop("OMP_NUM_THREADS", None)
     from pipelinejob_worker.train.worker import work
 
@@ -158,8 +162,12 @@ def pipeline(
     checkpoints: Path | None = None,
     attempt: int = 0,
     last: WorkerConfig | None = None,
+    device_per_stage: bool = False,
 ) -> Iterator[list[Stage]]:
-    """Run the workers of all stages; none is left at the end. ``last``: another configuration for the last one."""
+    """Run the workers of all stages; none is left at the end.
+
+    ``last``: another configuration for the last stage. ``device_per_stage``: stage n gets CUDA device n, not 0.
+    """
     port = free_port()
     running: list[Stage] = []
     try:
@@ -178,7 +186,8 @@ def pipeline(
                 attempt=attempt,
                 checkpoint_directory=str(checkpoints) if checkpoints else "",
             )
-            running.append(Stage(assignment, logs / f"attempt-{attempt}-stage-{stage}.log"))
+            log = logs / f"attempt-{attempt}-stage-{stage}.log"
+            running.append(Stage(assignment, log, stage if device_per_stage else 0))
         yield running
     finally:
         for stage_process in running:

@@ -169,6 +169,34 @@ def test_what_no_restart_can_cure_is_a_final_failure(tmp_path: Path, change: dic
         assert cure in stages[0].failure.message
 
 
+def occupy(checkpoints: Path, step: int) -> None:
+    """Make it impossible to save this step: a file lies where the directory has to be made."""
+    (checkpoints / f"step-{step:09d}.partial-0").write_text("in the way")
+
+
+def test_a_save_that_fails_leaves_the_one_before_and_training_goes_on(
+    tmp_path: Path, config: WorkerConfig, checkpoints: Path
+) -> None:
+    occupy(checkpoints, 8)
+    with pipeline(config, 2, tmp_path, checkpoints) as stages:
+        assert [stage.exit_code() for stage in stages] == [0, 0]
+        assert all("checkpoint not written" in stage.log for stage in stages)
+    assert {"step-000000004", "step-000000012"} <= set(names(checkpoints))
+    assert "step-000000008" not in names(checkpoints)
+    assert history(checkpoints) == reference_losses(config, STEPS)
+
+
+def test_without_the_last_checkpoint_a_job_has_not_succeeded(
+    tmp_path: Path, config: WorkerConfig, checkpoints: Path
+) -> None:
+    occupy(checkpoints, 12)
+    with pipeline(config, 2, tmp_path, checkpoints) as stages:
+        assert [stage.exit_code() for stage in stages] == [1, 1]
+        assert "the next attempt goes on from step 8" in stages[0].failure.message
+    assert run_to_end(config, 2, tmp_path, checkpoints, attempt=1) == [0, 0]
+    assert history(checkpoints) == reference_losses(config, STEPS)
+
+
 def test_more_stages_than_layers_is_a_final_failure(tmp_path: Path) -> None:
     with pipeline(job(tmp_path), 7, tmp_path) as stages:
         assert [stage.exit_code() for stage in stages] == [ExitCode.CONFIGURATION] * 7

@@ -1,0 +1,77 @@
+"""The agent's decisions, which are pure: which membership counts, what an end means, what is shown."""
+
+import json
+
+import pytest
+
+from pipelinejob_worker.agent.ending import Ending, of_worker, termination
+from pipelinejob_worker.agent.pod_info import newer_membership
+from pipelinejob_worker.agent.settings import from_environment
+from pipelinejob_worker.agent.status_server import metrics
+from pipelinejob_worker.errors import ConfigurationError
+from pipelinejob_worker.protocol import AgentStatus, ExitCode, Membership, Progress, Termination
+
+
+def text(epoch: int, **members: object) -> str:
+    values = {"action": "Run", "stage": 2, "stages": 4, "master_address": "a", "master_port": 1}
+    return Membership.model_validate({"epoch": epoch, **values, **members}).to_json()
+
+
+@pytest.mark.parametrize(("epoch", "seen", "counts"), [(1, 0, True), (5, 4, True), (4, 4, False), (3, 4, False)])
+def test_only_a_newer_epoch_counts(epoch: int, seen: int, counts: bool) -> None:
+    assert (newer_membership(text(epoch), 2, seen) is not None) == counts
+
+
+@pytest.mark.parametrize("empty", ["", "\n"])
+def test_an_empty_file_is_no_membership_yet(empty: str) -> None:
+    assert newer_membership(empty, 2, 0) is None
+
+
+def test_an_old_membership_of_another_stage_is_only_old() -> None:
+    assert newer_membership(text(3, stage=1), 2, 4) is None
+
+
+def test_a_member_that_a_newer_operator_added_does_no_harm() -> None:
+    newer = json.loads(text(1)) | {"addedLater": {"x": 1}}
+    assert newer_membership(json.dumps(newer), 2, 0).epoch == 1
+
+
+def test_progress_decides_whether_exit_code_0_is_success() -> None:
+    assert of_worker(0, None, Progress(step=12, total_steps=12)).code == ExitCode.SUCCEEDED
+    assert of_worker(0, None, Progress(step=11, total_steps=12)).code == 1
+    assert of_worker(0, None, Progress()).code == 1
+
+
+def test_the_termination_message_fits_and_keeps_the_newest_lines() -> None:
+    tail = [f"{number} " + "ü" * 300 for number in range(32)]
+    content = termination(1, Ending(1, "Error", "\x00" * 5000), 7, tail)
+    message = Termination.model_validate_json(content)
+    assert len(content) <= 4096
+    assert (message.stage, message.exit_code, message.reason, message.step) == (1, 1, "Error", 7)
+
+    content = termination(1, Ending(1, "Error", "short"), 7, tail)
+    message = Termination.model_validate_json(content)
+    assert len(content) <= 4096
+    assert message.message == "short"
+    assert list(message.log_tail) == tail[-len(message.log_tail) :]
+    assert len(message.log_tail) >= 5
+
+
+def test_metrics_leave_out_what_is_not_known() -> None:
+    status = AgentStatus(job_uid="u", stage=1, epoch=3, state="Running", progress=Progress(step=5, total_steps=9))
+    lines = metrics(status).splitlines()
+    assert 'pipelinejob_running{stage="1"} 1.0' in lines
+    assert 'pipelinejob_epoch{stage="1"} 3' in lines
+    assert 'pipelinejob_step{stage="1"} 5' in lines
+    assert not [line for line in lines if "loss" in line or "bubble" in line or "busy" in line]
+
+
+def test_the_environment_says_which_stage_this_is() -> None:
+    settings = from_environment(
+        {"PIPELINE_STAGE": "2", "PIPELINEJOB_ATTEMPT": "1", "PIPELINEJOB_NAME": "j", "PIPELINEJOB_UID": "u"}
+    )
+    assert (settings.stage, settings.attempt, settings.job, settings.job_uid) == (2, 1, "j", "u")
+    with pytest.raises(ConfigurationError, match="PIPELINE_STAGE: '' is not a number.*start the pod through"):
+        from_environment({})
+    with pytest.raises(ConfigurationError, match="PIPELINE_STAGE: '-1' is not a number"):
+        from_environment({"PIPELINE_STAGE": "-1"})

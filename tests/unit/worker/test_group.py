@@ -1,0 +1,71 @@
+"""Which errors mean that another stage is lost, told from those of this stage, with torch's real ones."""
+
+import socket
+
+import pytest
+import torch
+from torch import distributed
+
+from pipelinejob_worker.pipeline.group import PeerLostError, is_link_error, joined
+from pipelinejob_worker.protocol import Membership
+from tests.unit.worker import forked
+
+
+def _alone(port: int) -> Membership:
+    return Membership(epoch=1, action="Run", stage=0, stages=1, master_address="localhost", master_port=port)
+
+
+def _raise(error: Exception, port: int) -> str:
+    try:
+        with joined(_alone(port), torch.device("cpu")):
+            raise error
+    except Exception as seen:  # noqa: BLE001 - its type is what is tested
+        return type(seen).__name__
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (
+            RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:29500"),
+            "PeerLostError",
+        ),
+        (RuntimeError("Application timeout caused pair closure"), "PeerLostError"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), "RuntimeError"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError"),
+        (OSError(28, "No space left on device"), "OSError"),
+    ],
+)
+def test_only_errors_of_links_mean_that_a_peer_is_lost(error: Exception, seen: str) -> None:
+    assert forked.call(_raise, error, forked.free_port()) == seen
+
+
+def test_the_cause_counts_not_its_wrapper() -> None:
+    error = RuntimeError("[Stage 1] for chunk 0 failed to run backward")
+    error.__cause__ = RuntimeError("gloo: Connection reset by peer")
+    assert is_link_error(error)
+    assert is_link_error(PeerLostError("stage 0"))
+
+
+def _join_a_taken_port() -> str:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        try:
+            with joined(_alone(taken.getsockname()[1]), torch.device("cpu")):
+                return "joined"
+        except distributed.DistNetworkError as error:
+            return type(error).__name__
+
+
+def test_a_taken_port_is_this_stages_own_failure() -> None:
+    assert forked.call(_join_a_taken_port) == "DistNetworkError"
+
+
+def _exchange(port: int) -> tuple[list[list[int]], bool, bool]:
+    with joined(_alone(port), torch.device("cpu")) as group:
+        return group.gather(2**62, -5), group.agree(True), group.agree(False)
+
+
+def test_integers_of_64_bits_are_exchanged_exactly() -> None:
+    assert forked.call(_exchange, forked.free_port()) == ([[2**62, -5]], True, False)

@@ -85,12 +85,12 @@ class UserRoles(_Values):
 
 
 class CreatorPolicy(_Values):
-    """Who may create a job."""
+    """Who may create and change a job."""
 
     enabled: bool = Field(
         True,
-        description="Refuse a job whose creator may not create pods in its namespace: else the operator would create "
-        "pods for somebody who may not.",
+        description="Refuse a job, and a change of its spec, by whoever may not create pods in its namespace: else the "
+        "operator would create them for somebody who may not.",
     )
 
 

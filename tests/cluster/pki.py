@@ -49,6 +49,9 @@ class Authority:
                     DAYS,
                     "-subj",
                     "/CN=test-bed",
+                    # Python 3.13 and later refuse an authority without it.
+                    "-addext",
+                    "keyUsage=critical,keyCertSign,cRLSign",
                 ),
                 *("-keyout", self.directory / "ca.key", "-out", self.certificate),
             )
@@ -68,7 +71,8 @@ class Authority:
             *("-keyout", key, "-out", request),
         )
         names = f"subjectAltName={','.join(addresses)}\n" if addresses else ""
-        extensions.write_text(f"extendedKeyUsage=clientAuth,serverAuth\n{names}")
+        identifiers = "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
+        extensions.write_text(f"extendedKeyUsage=clientAuth,serverAuth\n{identifiers}{names}")
         partial = certificate.with_suffix(".partial")
         commands.run(
             *("openssl", "x509", "-req", "-in", request, "-days", DAYS, "-extfile", extensions),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster import commands, settings
+from tests.cluster import commands, processes, settings
 from tests.cluster.errors import ClusterError
 
 REPOSITORY_NAME = "localhost/pipelinejob"
@@ -50,10 +50,11 @@ class Builder:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that make buildah use this storage, and no container runtime."""
+        """The variables that make buildah use this storage and no container runtime, and `down` find it."""
         return {
             "BUILDAH_ISOLATION": "chroot",
             "BUILDER": "buildah",
+            **processes.marks(settings.STATE, "builder"),
             "CONTAINERS_CONF": str(self.storage / "containers.conf"),
             "CONTAINERS_STORAGE_CONF": str(self.storage / "storage.conf"),
         }

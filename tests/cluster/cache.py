@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.cluster import settings
+from tests.cluster import progress, settings
 
 KEPT_VERSIONS = 2
 
@@ -26,7 +26,11 @@ def locked(name: str) -> Iterator[None]:
     """Let one process at a time build ``name``; the others wait and then find it built."""
     settings.CACHE.mkdir(parents=True, exist_ok=True)
     with (settings.CACHE / f".{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.say(f"waiting for another run that holds {lock.name} ...")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

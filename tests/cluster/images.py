@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.cluster import base, binaries, cache, commands, oci, progress, settings
+from tests.cluster import base, binaries, cache, commands, oci, processes, progress, settings
 from tests.cluster.builder import REPOSITORY_NAME, Builder, tag
 from tests.cluster.errors import ClusterError
 from tests.cluster.node import PAUSE_IMAGE, Node
@@ -29,6 +29,7 @@ INPUTS = {
     "worker": ("worker/pipelinejob_worker",),
 }
 SEED_FORMAT = "2"
+SEED_PROGRAM = "containerd-seed"
 CONTENT = "io.containerd.content.v1.content/blobs/sha256"
 
 Loaded = dict[str, dict[str, str]]
@@ -75,6 +76,7 @@ def key_of(name: str) -> str:
 def _seed_containerd() -> Iterator[Path]:
     """Run a containerd on the seed, without its Kubernetes part; yield its socket."""
     run = settings.RUN / "seed"
+    processes.stop(settings.STATE, SEED_PROGRAM)  # of an interrupted run
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
     config, socket = run / "containerd.toml", run / "containerd.sock"
@@ -88,7 +90,7 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"
 """
     )
     argv = ("unshare", "--mount", "--propagation", "private", "containerd", "--config", config)
-    program = Program(settings.STATE, "containerd-seed", argv, lambda: commands.succeeds(*ctr(socket), "image", "ls"))
+    program = Program(settings.STATE, SEED_PROGRAM, argv, lambda: commands.succeeds(*ctr(socket), "image", "ls"))
     program.start()
     try:
         yield socket

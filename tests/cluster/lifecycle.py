@@ -11,6 +11,7 @@ from tests.cluster import (
     commands,
     controllers,
     images,
+    kwok,
     network,
     node,
     packages,
@@ -20,8 +21,11 @@ from tests.cluster import (
     teardown,
     volumes,
 )
+from tests.cluster import (
+    gpus as gpu_resource,
+)
 from tests.cluster.agent import READY as AGENT_READY
-from tests.cluster.api import Api
+from tests.cluster.api import Api, Object
 from tests.cluster.control_plane import Addresses, Configuration, ControlPlane, load_configuration, save_configuration
 from tests.cluster.errors import ClusterError
 from tests.cluster.node import Node
@@ -29,6 +33,7 @@ from tests.cluster.processes import Program, pid_of
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 READY_SECONDS = 120
+ZONE_LABEL = "topology.kubernetes.io/zone"
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,14 @@ class Cluster:
         partial.rename(self.file())
 
 
+def configuration_file() -> Path:
+    """Return where the API server's present configuration is kept."""
+    return settings.STATE / "configuration.json"
+
+
 def control_plane() -> ControlPlane:
     """Return the control plane of the cluster, in the configuration it has at this moment."""
-    kept = settings.STATE / "configuration.json"
+    kept = configuration_file()
     return ControlPlane(
         settings.STATE,
         configuration=load_configuration(kept) if kept.exists() else Configuration(),
@@ -86,8 +96,17 @@ def agent(gpus: int) -> Program:
     return Program(settings.STATE, "agent", argv, AGENT_READY.exists, path)
 
 
-def nodes(plane: ControlPlane, count: int) -> list[Node]:
+def _fresh_agent(gpus: int) -> Program:
+    """Return the agent, an earlier one being ended: its number of GPUs may be another."""
+    program = agent(gpus)
+    program.stop()
+    AGENT_READY.unlink(missing_ok=True)
+    return program
+
+
+def nodes(count: int) -> list[Node]:
     """Return the first ``count`` nodes."""
+    plane = control_plane()
     return [Node(plane, index) for index in range(1, count + 1)]
 
 
@@ -108,15 +127,14 @@ def _check(count: int, before: Cluster | None) -> None:
         preflight.check_memory()
 
 
-def _ready(api: Api, count: int, gpus: int) -> bool:
-    def is_ready(item: dict[str, object]) -> bool:
-        status: dict[str, object] = item["status"]  # type: ignore[assignment]
-        conditions: list[dict[str, str]] = status.get("conditions", [])  # type: ignore[assignment]
-        allocatable: dict[str, str] = status.get("allocatable", {})  # type: ignore[assignment]
-        good = any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
-        return good and allocatable.get("nvidia.com/gpu", "0") == str(gpus)
+def _is_ready(item: Object, gpus: int) -> bool:
+    status = item["status"]
+    ready = any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions", []))
+    return ready and int(status.get("allocatable", {}).get(gpu_resource.RESOURCE, 0)) == gpus
 
-    return sum(is_ready(item) for item in api.request("GET", "/api/v1/nodes")["items"]) >= count
+
+def _ready_nodes(api: Api, gpus: int) -> int:
+    return sum(_is_ready(item, gpus) for item in api.request("GET", "/api/v1/nodes")["items"])
 
 
 def up(count: int, gpus: int, simulated: int) -> None:
@@ -139,29 +157,31 @@ def _start(count: int, gpus: int, simulated: int, seed: Path) -> None:
     plane = control_plane()
     with progress.step("  control plane"):
         plane.start()
-        save_configuration(plane.configuration, settings.STATE / "configuration.json")
+        save_configuration(plane.configuration, configuration_file())
         once = [
             controllers.controller_manager(plane, fast=simulated > 0),
             controllers.scheduler(plane, fast=simulated > 0),
             controllers.proxy(plane),
             controllers.dns(plane),
-            agent(gpus),
+            _fresh_agent(gpus),
+            *([kwok.program(plane)] if simulated else []),
         ]
         for program in once:
             program.launch()
     with progress.step("  nodes"):
-        machines = nodes(plane, count)
+        machines = nodes(count)
         node.start_all(machines, seed)
         for machine in machines:
             images.load(machine)
     api = Api()
     with progress.step("  ready"):
         volumes.create(api)
+        kwok.create_nodes(api, simulated, gpus)
         for program in once:
             program.wait()
         commands.wait_until(
-            f"{count} nodes Ready with {gpus} GPUs each",
-            lambda: _ready(api, count, gpus),
+            f"{count + simulated} nodes Ready with {gpus} GPUs each",
+            lambda: _ready_nodes(api, gpus) >= count + simulated,
             seconds=READY_SECONDS,
             log=machines[0].kubelet.log,
         )
@@ -172,7 +192,7 @@ def load() -> None:
     with cache.locked("cluster"):
         cluster = running()
         images.ensure_seed()
-        for machine in nodes(control_plane(), cluster.nodes):
+        for machine in nodes(cluster.nodes):
             images.load(machine)
 
 
@@ -195,8 +215,9 @@ def status() -> None:
     for pid_file in sorted((settings.STATE / "pids").iterdir()):
         pid = pid_of(settings.STATE, pid_file.name)
         progress.say(f"{pid_file.name:<28} {f'runs ({pid})' if pid else 'DOES NOT RUN'}")
-    kubectl = binaries.ensure() / "kubectl"
-    progress.say(commands.run(kubectl, "--kubeconfig", settings.KUBECONFIG, "get", "nodes", "--show-labels=false"))
+    kubectl = (binaries.ensure() / "kubectl", "--kubeconfig", settings.KUBECONFIG)
+    columns = f"--label-columns={ZONE_LABEL},{node.RACK_LABEL}"
+    progress.say(commands.run(*kubectl, "get", "nodes", columns))
     progress.say(f"{cluster.nodes} nodes, {cluster.gpus} GPUs each, {cluster.simulated} simulated nodes")
     progress.say(f"export KUBECONFIG={settings.KUBECONFIG}")
 

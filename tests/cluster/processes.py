@@ -23,12 +23,17 @@ STOP_SECONDS = 20
 POLL_SECONDS = 0.02
 
 
-def _carries(pid: int, *marks: str) -> bool:
+def marks(home: Path, name: str) -> dict[str, str]:
+    """Return the variables by which a program of a home is known."""
+    return {HOME_MARK: str(home), NAME_MARK: name}
+
+
+def _carries(pid: int, *variables: str) -> bool:
     try:
         carried = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return False
-    return all(mark.encode() in carried for mark in marks)
+    return all(variable.encode() in carried for variable in variables)
 
 
 def running(pid: int) -> bool:
@@ -141,8 +146,7 @@ class Program:
         environment = {
             **os.environ,
             **self.environment,
-            HOME_MARK: str(self.home),
-            NAME_MARK: self.name,
+            **marks(self.home, self.name),
         }
         program = shutil.which(str(self.argv[0]))
         if program is None:

@@ -23,6 +23,9 @@ POD_NETWORK = "10.244.0.0/16"
 GATEWAY = "10.244.0.1"
 """The host's address on the pods' bridge: where pods find the API server, and CoreDNS listens."""
 
+SIMULATED_POD_NETWORK = "10.245.0.0/16"
+"""Addresses that simulated pods show; nothing is there."""
+
 SERVICE_NETWORK = "10.96.0.0/16"
 API_SERVICE = "10.96.0.1"
 DNS_DOMAIN = "cluster.local"
@@ -35,6 +38,7 @@ SCHEDULER_PORT = 10259
 PROXY_HEALTH_PORT = 10256
 PROXY_METRICS_PORT = 10249
 DNS_READY_PORT = 8181
+KWOK_PORT = 10247
 KUBELET_PORT = 10250
 KUBELET_HEALTH_PORT = 10248
 """The kubelet of node n listens on 10.244.n.1."""

@@ -1,9 +1,7 @@
 """The real API server takes the CRD, fills in defaults, and refuses bad input in one line that holds the cure."""
 
-import copy
 import json
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,47 +9,10 @@ from typing import Any
 import pytest
 
 from tests.cluster.control_plane import ControlPlane
+from tests.integration.api.jobs import GOOD, job, worker
+from tests.integration.api.kubectl import Kubectl
 
 ROOT = Path(__file__).resolve().parents[3]
-
-GOOD: dict[str, Any] = {
-    "apiVersion": "pipelinejob.dev/v1alpha1",
-    "kind": "PipelineJob",
-    "metadata": {"name": "tiny", "namespace": "default"},
-    "spec": {
-        "stages": 4,
-        "model": {"preset": {"name": "gpt", "layers": 8, "width": 256, "heads": 8, "context": 256}},
-        "train": {"data": {"files": ["/data/*.txt"]}, "steps": 200, "globalBatchSize": 32, "microbatches": 8},
-    },
-}
-
-
-class Kubectl:
-    """kubectl against one API server."""
-
-    def __init__(self, plane: ControlPlane) -> None:
-        self.command = [str(plane.binaries / "kubectl"), "--kubeconfig", str(plane.kubeconfig)]
-
-    def __call__(self, *arguments: str, stdin: Any = None) -> subprocess.CompletedProcess[str]:
-        text = None if stdin is None else json.dumps(stdin)
-        return subprocess.run([*self.command, *arguments], input=text, capture_output=True, text=True, check=False)
-
-    def refusal(self, *arguments: str, stdin: Any = None) -> str:
-        """Return the one line with which a command is refused, without the API server's note on what it left out."""
-        done = self(*arguments, stdin=stdin)
-        assert done.returncode != 0, done.stdout
-        *heading, _ = lines = done.stderr.strip().splitlines()
-        errors = (
-            [line for line in lines[1:] if "some validation rules were not checked" not in line] if heading else lines
-        )
-        (line,) = errors
-        return line
-
-    def said(self, *arguments: str, stdin: Any = None) -> str:
-        """Return what a command that must succeed prints."""
-        done = self(*arguments, stdin=stdin)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +22,6 @@ def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
         kubectl.said("apply", "--server-side", "-f", str(ROOT / "crds"))
         kubectl.said("wait", "--for=condition=Established", "crd/pipelinejobs.pipelinejob.dev", "--timeout=30s")
         yield kubectl
-
-
-def job(**changes: Any) -> dict[str, Any]:
-    """A good job with some values changed; keys are paths such as spec__train__microbatches."""
-    made = copy.deepcopy(GOOD)
-    for path, value in changes.items():
-        *parents, last = path.split("__")
-        node = made
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = value
-    return made
-
-
-def worker(**container: Any) -> dict[str, Any]:
-    return {"spec": {"containers": [{"name": "worker", **container}]}}
 
 
 REFUSED = {

@@ -45,7 +45,7 @@ def step(what: str, *, key: str = "", usual: str = "") -> Iterator[None]:
     """
     if key:
         last = _durations().get(key)
-        expect = f"took {_span(last)} last time" if last else f"first time on this machine; {usual}"
+        expect = f"took {_span(last)} last time" if last is not None else f"first time on this machine; {usual}"
         say(f"{what} ({expect}) ...")
     started = time.monotonic()
     ended = threading.Event()

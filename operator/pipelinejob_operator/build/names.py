@@ -23,8 +23,8 @@ def pod_name(job: str, stage: int, attempt: int) -> str:
 
 
 def network_name(job: str) -> str:
-    """Name of the headless Service and of the NetworkPolicy."""
-    return f"{job}-stages"
+    """Name of the headless Service and of the NetworkPolicy: the job's own."""
+    return job
 
 
 def pod_host(job: str, namespace: str, stage: int, attempt: int) -> str:

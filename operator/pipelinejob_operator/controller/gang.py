@@ -73,7 +73,7 @@ def placed(gang: Gang, stages: int, claim: Claim | None) -> Told:
         message = f"{len(stuck)} of {stages} stages find no node; stage {stuck[0].stage}: {stuck[0].unschedulable}"
         if claim and claim.one_node and stages > 1:
             message += (
-                f"; claim {claim.name} is ReadWriteOnce, so all {stages} stages must share one node: use a "
+                f'; claim "{claim.name}" is ReadWriteOnce, so all {stages} stages must share one node: use a '
                 "ReadWriteMany claim, or a node with room for all of them"
             )
         return "False", Reason.UNSCHEDULABLE, message

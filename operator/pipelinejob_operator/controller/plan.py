@@ -91,6 +91,7 @@ def _active(d: _Decision) -> _Decision:
     """Ask what may end or stop an unfinished job; what passes all of it shall live."""
     job, status = d.job, d.job.status
     d.draft.gang(d.gang.current, d.seen.agent.progress if d.seen.agent else None)
+    d.draft.last_words(d.seen.pods)
     d.draft.condition(ConditionType.SUCCEEDED, "Unknown", Reason.ACTIVE, "the job has not finished")
     case = acceptance.Case(job.spec, job.template, d.seen.claim, len(job.config().to_json().encode()))
     if verdict := acceptance.check(case):
@@ -161,12 +162,6 @@ def unreadable(job: Job, problem: str, now: datetime) -> Plan:
 
 
 def _succeed(d: _Decision) -> _Decision:
-    steps = [pod.ended.step for pod in d.gang.current.values() if pod.ended]
-    progress = d.job.status.progress
-    if total := progress.total_steps or (d.job.spec.train.steps if any(steps) else 0):
-        step = max(progress.step, *steps)
-        done = {"step": step, "total_steps": total, "percent": 100 * step // total, "remaining_seconds": 0}
-        d.draft.set(progress=progress.model_copy(update=done))
     d.draft.condition(
         ConditionType.SUCCEEDED,
         "True",
@@ -321,13 +316,12 @@ def _hindrance(d: _Decision) -> Verdict | None:
         placed = _condition(d.job.status, ConditionType.PLACED)
         since = parse_time(placed.last_transition_time) if placed else None
         d.alarms.append(d.now + gang_plan.patience(since, d.now))
+        name = d.job.spec.checkpoint.volume_claim_name
         return Verdict(
             Reason.VOLUME_CLAIM_NOT_FOUND,
-            f"spec.checkpoint.volumeClaimName: claim {d.job.spec.checkpoint.volume_claim_name} does not "
-            "exist in "
-            f"namespace {d.job.namespace}; create it (the job looks again by itself), or delete the job and "
-            "leave the "
-            "name empty to run without checkpoints",
+            f'spec.checkpoint.volumeClaimName: claim "{name}" does not exist in namespace "{d.job.namespace}"; '
+            "create it (the job looks again by itself), or delete the job and leave the name empty to run without "
+            "checkpoints",
         )
     if d.seen.refusal:
         d.alarms.append(d.seen.refusal.retry_at)

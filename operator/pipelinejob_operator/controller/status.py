@@ -1,6 +1,6 @@
 """The status of a job as a pure function of what was seen and decided."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,7 +16,7 @@ from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.names import pod_selector
 from pipelinejob_operator.policy.facts import Failure, StagePod
 from pipelinejob_operator.policy.reasons import ConditionStatus, ConditionType, Reason
-from pipelinejob_worker.protocol import Progress
+from pipelinejob_worker.protocol import ExitCode, Progress
 
 MESSAGE_LIMIT = 2048
 """Longest message of a condition: long enough for a scheduler's words, short enough for a terminal."""
@@ -78,6 +78,28 @@ class Draft:
         self.set(stages=stages, ready_stages=sum(pod.ready for pod in pods.values()))
         if progress:
             self.set(progress=progress_status(progress))
+
+    def last_words(self, pods: Iterable[StagePod]) -> None:
+        """Take over the step of stages that ended in good order: no agent is left to ask for it.
+
+        All stages end at the same step, and with a checkpoint of it where a volume is set.
+        """
+        in_order = (ExitCode.SUCCEEDED, ExitCode.DRAINED)
+        step = max((pod.ended.step for pod in pods if pod.ended and pod.ended.exit_code in in_order), default=0)
+        before: ProgressStatus = self._fields.get("progress", self._job.status.progress)
+        if not self._job.runs_agent or not step or step < before.step:
+            return
+        total = before.total_steps or self._job.spec.train.steps
+        saved = step if self._job.spec.checkpoint.volume_claim_name else before.last_checkpoint_step
+        told: dict[str, int] = {
+            "step": step,
+            "total_steps": total,
+            "percent": 100 * step // total,
+            "last_checkpoint_step": saved,
+        }
+        if step == total:
+            told["remaining_seconds"] = 0
+        self.set(progress=before.model_copy(update=told))
 
     def failed_stage(self, failure: Failure, restarts_in_a_row: int) -> None:
         """Record the first failure and count it for its stage."""

@@ -104,7 +104,7 @@ def claim_can_be_shared(case: Case) -> Verdict | None:
         return None
     return Verdict(
         Reason.CLAIM_ACCESS_MODE,
-        f"spec.checkpoint.volumeClaimName: claim {case.claim.name} has the access mode ReadWriteOncePod, but "
+        f'spec.checkpoint.volumeClaimName: claim "{case.claim.name}" has the access mode ReadWriteOncePod, but '
         f"{case.spec.stages} stage pods mount it; allowed: ReadWriteMany, or ReadWriteOnce with all stages "
         "on one node",
     )

@@ -11,10 +11,10 @@ import yaml
 
 from tests.cluster.control_plane import ControlPlane
 from tests.integration.operator.harness import NAMESPACES, ROOT, Api, Kubelet, Operator, eventually
-from tests.integration.operator.rights import bindings
+from tests.integration.operator.rights import CLUSTER_WIDE, NAMESPACED, bindings
 
 CRD = ROOT / "crds" / "pipelinejob.dev_pipelinejobs.yaml"
-OPERATOR_USER = "pipelinejob-operator"
+USERS = {"operator-of-one-namespace": NAMESPACED, "operator-of-all": CLUSTER_WIDE}
 
 _numbers = itertools.count(1)
 
@@ -32,18 +32,13 @@ async def _install(plane: ControlPlane) -> None:
     try:
         crds = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
         await api.post(crds, yaml.safe_load(CRD.read_text()))
-        for path, manifest in bindings(OPERATOR_USER):
-            await api.post(path, manifest)
+        for user, rules in USERS.items():
+            for path, manifest in bindings(user, rules):
+                await api.post(path, manifest)
         jobs = "/apis/pipelinejob.dev/v1alpha1/pipelinejobs"
         await eventually(lambda: api._send("GET", jobs), lambda page: page["items"] == [])
     finally:
         await api.close()
-
-
-@pytest.fixture(scope="session")
-def operator_kubeconfig(plane: ControlPlane) -> Path:
-    """Kubeconfig of a user that has the operator's rights and no others."""
-    return plane.authority.kubeconfig(plane.home / "operator.kubeconfig", plane.server, OPERATOR_USER)
 
 
 @pytest.fixture
@@ -72,11 +67,13 @@ async def kubelet(api: Api, namespace: str) -> AsyncIterator[Kubelet]:
 
 
 @pytest.fixture
-def operator(operator_kubeconfig: Path, namespace: str, tmp_path: Path) -> Callable[..., Operator]:
-    """Make operators that watch the test's namespace."""
+def operator(plane: ControlPlane, namespace: str, tmp_path: Path) -> Callable[..., Operator]:
+    """Make operators that watch the test's namespace, or all; each has the rights that it needs and no others."""
 
-    def make(name: str = "operator-1", **environment: str) -> Operator:
-        scope = {"PIPELINEJOB_WATCH_NAMESPACE": namespace, "POD_NAMESPACE": namespace}
-        return Operator(operator_kubeconfig, tmp_path / f"{name}.log", **(scope | environment))
+    def make(name: str = "operator-1", *, everywhere: bool = False, **environment: str) -> Operator:
+        user = "operator-of-all" if everywhere else "operator-of-one-namespace"
+        kubeconfig = plane.authority.kubeconfig(tmp_path / f"{name}.kubeconfig", plane.server, user)
+        scope = {"PIPELINEJOB_WATCH_NAMESPACE": "" if everywhere else namespace, "POD_NAMESPACE": namespace}
+        return Operator(kubeconfig, tmp_path / f"{name}.log", **(scope | environment))
 
     return make

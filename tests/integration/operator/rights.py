@@ -3,30 +3,32 @@
 from collections.abc import Iterator
 from typing import Any
 
-RULES: list[dict[str, list[str]]] = [
-    {"apiGroups": ["pipelinejob.dev"], "resources": ["pipelinejobs"], "verbs": ["get", "list", "watch", "delete"]},
-    {"apiGroups": ["pipelinejob.dev"], "resources": ["pipelinejobs/status"], "verbs": ["get", "patch"]},
-    {"apiGroups": ["pipelinejob.dev"], "resources": ["pipelinejobs/finalizers"], "verbs": ["update"]},
-    {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch", "create", "patch", "delete"]},
-    {"apiGroups": [""], "resources": ["services"], "verbs": ["get", "list", "create", "patch", "delete"]},
-    {
-        "apiGroups": ["networking.k8s.io"],
-        "resources": ["networkpolicies"],
-        "verbs": ["get", "list", "create", "patch", "delete"],
-    },
-    {"apiGroups": [""], "resources": ["persistentvolumeclaims"], "verbs": ["get"]},
-    {"apiGroups": [""], "resources": ["events"], "verbs": ["create", "patch"]},
-    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "create", "update"]},
+
+def _rule(group: str, resource: str, *verbs: str) -> dict[str, list[str]]:
+    return {"apiGroups": [group], "resources": [resource], "verbs": list(verbs)}
+
+
+NAMESPACED = [
+    _rule("pipelinejob.dev", "pipelinejobs", "get", "list", "watch", "delete"),
+    _rule("pipelinejob.dev", "pipelinejobs/status", "patch"),
+    _rule("pipelinejob.dev", "pipelinejobs/finalizers", "update"),
+    _rule("", "pods", "get", "list", "watch", "create", "patch", "delete"),
+    _rule("", "services", "get", "create", "patch"),
+    _rule("networking.k8s.io", "networkpolicies", "get", "create", "patch"),
+    _rule("", "persistentvolumeclaims", "get"),
+    _rule("", "events", "create"),
+    _rule("coordination.k8s.io", "leases", "get", "create", "update"),
 ]
-"""Without nodes: reading them is an extra of the cluster-wide mode, and everything must work without."""
+CLUSTER_WIDE = [*NAMESPACED, _rule("", "nodes", "get")]
+"""Reading nodes tells a dead one from a slow one; everything works without, only later."""
 
 GROUP = "rbac.authorization.k8s.io"
 
 
-def bindings(user: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield path and manifest of a ClusterRole and its binding to a user."""
-    api, name = f"{GROUP}/v1", "operator-under-test"
-    role = {"apiVersion": api, "kind": "ClusterRole", "metadata": {"name": name}, "rules": RULES}
+def bindings(user: str, rules: list[dict[str, list[str]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield path and manifest of a ClusterRole with these rules and its binding to a user."""
+    api, name = f"{GROUP}/v1", user
+    role = {"apiVersion": api, "kind": "ClusterRole", "metadata": {"name": name}, "rules": rules}
     yield f"/apis/{api}/clusterroles", role
     yield (
         f"/apis/{api}/clusterrolebindings",

@@ -74,7 +74,7 @@ async def test_a_missing_claim_creates_no_pod_until_it_exists(
     with running(operator()):
         await api.create(JOBS, job_manifest(namespace, checkpoint={"volumeClaimName": "saves"}))
         job = await eventually(lambda: api.job(namespace), placed("VolumeClaimNotFound"))
-        assert "claim saves does not exist" in message(job, "Placed")
+        assert 'claim "saves" does not exist' in message(job, "Placed")
         assert await api.pods(namespace) == []
         await api.create(CLAIMS, claim(namespace, "ReadWriteMany"))
         await eventually(lambda: api.job(namespace), state("Running"))
@@ -96,7 +96,7 @@ async def test_a_read_write_once_claim_keeps_all_stages_on_one_node_and_says_so_
             assert term["topologyKey"] == "kubernetes.io/hostname"
         await unschedulable(api, namespace, pods[1], "0/4 nodes are available: 4 Insufficient nvidia.com/gpu.")
         job = await eventually(lambda: api.job(namespace), placed("Unschedulable"))
-        for word in ("stage 1: 0/4 nodes are available", "claim saves is ReadWriteOnce", "ReadWriteMany claim"):
+        for word in ("stage 1: 0/4 nodes are available", 'claim "saves" is ReadWriteOnce', "ReadWriteMany claim"):
             assert word in message(job, "Placed")
 
 

@@ -7,7 +7,7 @@ import signal
 import urllib.request
 from collections.abc import Callable
 
-from pipelinejob_operator.runtime.client import JOBS, LEASES, PODS, ApiError
+from pipelinejob_operator.runtime.client import JOBS, LEASES, NODES, PODS, ApiError
 from pipelinejob_worker.protocol import ExitCode
 from tests.cluster.control_plane import ControlPlane
 from tests.integration.operator.harness import (
@@ -167,3 +167,22 @@ async def test_stages_that_only_lost_a_peer_wait_for_the_culprit_and_then_blame_
         job = await eventually(lambda: api.job(namespace), lambda job: job["status"]["restarts"] == 1)
         assert job["status"]["firstFailure"]["stage"] == 2
         assert job["status"]["firstFailure"]["reason"] == "PeerLost"
+
+
+async def test_an_operator_of_all_namespaces_does_not_wait_for_a_dead_node(
+    api: Api, namespace: str, kubelet: Kubelet, operator: Callable[..., Operator]
+) -> None:
+    kubelet.buries = False
+    await api.post("/api/v1/nodes", {"metadata": {"name": "node-1"}})
+    dead = [{"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown"}]
+    operations = [{"op": "add", "path": "/status/conditions", "value": dead}]
+    await api.json_patch(NODES, "", "node-1", operations, "status")
+    with running(operator(everywhere=True)):
+        await api.create(JOBS, job_manifest(namespace))
+        await eventually(lambda: api.job(namespace), state("Running"))
+        pod = (await api.pods(namespace))[1]["metadata"]
+        await api.delete(PODS, namespace, pod["name"], pod["uid"])
+        job = await eventually(lambda: api.job(namespace), lambda job: job["status"]["restarts"] == 1, seconds=20)
+        failure = job["status"]["firstFailure"]
+        assert (failure["stage"], failure["reason"]) == (1, "PodLost")
+        assert failure["message"] == "node node-1 does not answer"

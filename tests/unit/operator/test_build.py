@@ -53,7 +53,7 @@ class TestStagePod:
         found = environment(built(stage=2))
         assert set(Env) <= set(found)
         assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("2", "3", "0")
-        assert found["MASTER_ADDR"] == "tiny-s0-a0.tiny-stages.team.svc"
+        assert found["MASTER_ADDR"] == "tiny-s0-a0.tiny.team.svc"
         assert found["OMP_NUM_THREADS"] == "1"
 
     def test_every_stage_is_told_what_to_train(self) -> None:

@@ -115,7 +115,7 @@ class TestPlacement:
         stuck = pod(1, scheduled=False, node="", unschedulable="no room", ready=False)
         claim = Claim("saves", frozenset({"ReadWriteOnce"}))
         made = decide(job(checkpoint={"volumeClaimName": "saves"}), pod(0), stuck, pod(2), claim=claim)
-        assert "claim saves is ReadWriteOnce, so all 3 stages must share one node" in message(made, "Placed")
+        assert 'claim "saves" is ReadWriteOnce, so all 3 stages must share one node' in message(made, "Placed")
 
     def test_a_missing_claim_makes_no_pods_and_is_looked_for_again(self) -> None:
         some = job(checkpoint={"volumeClaimName": "saves"})
@@ -355,6 +355,17 @@ class TestProgress:
         agent = AgentStatus(job_uid="job-uid", stage=0, epoch=1, state="Running", progress=progress)
         known = settled(running_job(), pod(0), pod(1), pod(2), agent=agent)
         assert decide(known, pod(0), pod(1), pod(2)).status.progress.step == 120
+
+    def test_stages_that_left_in_good_order_say_where_and_what_they_saved(self) -> None:
+        some = running_job(checkpoint={"volumeClaimName": "saves"})
+        stopping = Job.read(manifest(some.status, suspend=True, checkpoint={"volumeClaimName": "saves"}))
+        drained = [ended(stage, ExitCode.DRAINED, step=17) for stage in range(3)]
+        progress = settled(settled(stopping, pod(0), pod(1), pod(2)), *drained).status.progress
+        assert (progress.step, progress.total_steps, progress.last_checkpoint_step) == (17, 200, 17)
+
+    def test_a_stage_that_failed_saved_nothing(self) -> None:
+        some = running_job(checkpoint={"volumeClaimName": "saves"})
+        assert settled(some, pod(0), ended(1, 1, step=17), pod(2)).status.progress.last_checkpoint_step == 0
 
     def test_a_command_of_the_users_own_shows_no_step(self) -> None:
         template = {"spec": {"containers": [{"name": "worker", "command": ["torchrun"]}]}}

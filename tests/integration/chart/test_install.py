@@ -12,7 +12,18 @@ import pytest
 import yaml
 
 from tests.cluster.control_plane import ControlPlane
-from tests.unit.chart.helm import CHART, NAMESPACE, RELEASE, ROOT, deployment, helm, settings
+from tests.unit.chart.helm import (
+    CHART,
+    EVERYTHING,
+    NAMESPACE,
+    ONE_NAMESPACE,
+    RELEASE,
+    ROOT,
+    deployment,
+    helm,
+    render,
+    settings,
+)
 
 TEAM = "team-a"
 CRD = "pipelinejobs.pipelinejob.dev"
@@ -102,6 +113,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "the policy refuses the writer",
         )
         yield cluster
+
+
+@pytest.mark.parametrize("values", [EVERYTHING, (*EVERYTHING, *ONE_NAMESPACE)], ids=["cluster-wide", "one-namespace"])
+def test_every_object_is_known_to_its_last_field(cluster: Cluster, values: tuple[str, ...]) -> None:
+    objects = {"apiVersion": "v1", "kind": "List", "items": render(*values)}
+    flags = ("--dry-run=server", "--validate=strict", "--server-side", "--force-conflicts")
+    said(cluster.kubectl("apply", *flags, "-f", "-", stdin=objects))
 
 
 class TestCreatorPolicy:

@@ -1,6 +1,7 @@
 """``python3 -m tests.cluster``: the command line."""
 
 import argparse
+import os
 import sys
 
 from tests.cluster import binaries, lifecycle, progress
@@ -39,6 +40,9 @@ def main() -> int:
                 progress.say(str(binaries.ensure()))
     except ClusterError as error:
         progress.fail(str(error))
+        return 1
+    except BrokenPipeError:  # the reader, for instance head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         progress.fail("interrupted; the same command goes on where this one stopped, `make cluster-down` cleans up")

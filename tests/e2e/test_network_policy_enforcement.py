@@ -1,5 +1,7 @@
 """The test bed enforces NetworkPolicy: what the other tests show under default-deny would be worth nothing else."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.e2e import kit
@@ -74,9 +76,10 @@ class Peers:
 
 
 @pytest.fixture
-def peers(namespace: kit.Namespace) -> Peers:
-    """The server and its peers."""
-    return Peers(namespace)
+def peers() -> Iterator[Peers]:
+    """The server and its peers, in a namespace of their own."""
+    with kit.namespace("network-policy") as made:
+        yield Peers(made)
 
 
 def test_only_the_allowed_peer_and_port_pass(peers: Peers) -> None:

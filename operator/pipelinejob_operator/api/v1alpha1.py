@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 
 from pipelinejob_worker.protocol import Checkpoint, Env, Model, Train
 from pipelinejob_worker.protocol.base import Wire
-from pipelinejob_worker.protocol.job import cel
+from pipelinejob_worker.protocol.job import cel, rule
 
 GROUP = "pipelinejob.dev"
 VERSION = "v1alpha1"
@@ -31,10 +31,12 @@ _IMMUTABLE = ("mode", "model", "train", "template", "gpu", "placement", "network
 LabelKey = Annotated[str, Field(min_length=1, max_length=316)]
 
 
-def _immutable(field: str) -> tuple[str, str]:
-    return (
+def _immutable(field: str) -> dict[str, str]:
+    return rule(
+        f".{field}",
         f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})",
-        f"'spec.{field}: cannot change after creation; delete the job and create it anew'",
+        "'cannot change after creation; delete the job and create it anew'",
+        "FieldValueForbidden",
     )
 
 
@@ -70,10 +72,11 @@ class Template(Wire):
         json_schema_extra={
             "x-kubernetes-preserve-unknown-fields": True,
             **cel(
-                (
+                rule(
+                    ".spec.containers",
                     "!has(self.spec) || !has(self.spec.containers) || self.spec.containers.all(c, !has(c.env) || "
                     f"c.env.all(e, !(e.name in {[str(name) for name in RESERVED_ENV]!r})))",
-                    "'spec.template: environment name %s is set by the operator; allowed: any name but %s'.format(["
+                    "'environment name %s is set by the operator; allowed: any name but %s'.format(["
                     "self.spec.containers.map(c, has(c.env) ? c.env.map(e, e.name) : []).map(names, names.filter(n, "
                     f"n in {[str(name) for name in RESERVED_ENV]!r})).filter(names, size(names) > 0)[0][0], "
                     f"'{', '.join(RESERVED_ENV)}'])",
@@ -151,10 +154,11 @@ class Spec(Wire):
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            (
+            rule(
+                ".train.microbatches",
                 f"self.stages > {MAX_STAGES} || self.train.schedule.name != '1F1B' "
                 "|| self.train.microbatches >= self.stages",
-                "'spec.train.microbatches: %d is too few for schedule 1F1B on %d stages; allowed: %d or more, or "
+                "'%d is too few for schedule 1F1B on %d stages; allowed: %d or more, or "
                 "schedule GPipe'.format([self.train.microbatches, self.stages, self.stages])",
             ),
             *(_immutable(field) for field in _IMMUTABLE),
@@ -308,9 +312,10 @@ class PipelineJob(Wire):
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            (
+            rule(
+                ".metadata.name",
                 f"size(self.metadata.name) <= {MAX_NAME} && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
-                f"'metadata.name: %s cannot name the pods; allowed: at most {MAX_NAME} characters of a-z, 0-9 and -, a "
+                f"'%s cannot name the pods; allowed: at most {MAX_NAME} characters of a-z, 0-9 and -, a "
                 "letter first'.format([self.metadata.name])",
             )
         )

@@ -14,9 +14,18 @@ Decimal = Annotated[str, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?([eE][
 """A non-negative number as a string: the Kubernetes API conventions allow no floats."""
 
 
-def cel(*rules: tuple[str, str]) -> dict[str, Any]:
-    """Schema extension with CEL rules, each ``(rule, message expression)``."""
-    return {"x-kubernetes-validations": [{"rule": rule, "messageExpression": message} for rule, message in rules]}
+def cel(*rules: dict[str, str]) -> dict[str, Any]:
+    """Schema extension with CEL rules."""
+    return {"x-kubernetes-validations": list(rules)}
+
+
+def rule(field: str, holds: str, message: str, reason: str = "FieldValueInvalid") -> dict[str, str]:
+    """A rule that must hold. ``field`` is the path, from the rule's own object, that the API server blames.
+
+    ``message`` is a CEL expression: what is wrong with the value, and what is allowed. ``reason`` is the API server's
+    word for the kind of fault, which it prints between the field and the message.
+    """
+    return {"rule": holds, "messageExpression": message, "fieldPath": field, "reason": reason}
 
 
 class Preset(Wire):
@@ -24,11 +33,16 @@ class Preset(Wire):
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            (
+            rule(
+                ".heads",
                 "self.width % self.heads == 0",
-                "'spec.model.preset.heads: %d does not divide width %d; allowed: a divisor of the width'"
-                ".format([self.heads, self.width])",
-            )
+                "'%d does not divide width %d; allowed: a divisor of the width'.format([self.heads, self.width])",
+            ),
+            rule(
+                ".dropout",
+                "double(self.dropout) < 1.0",
+                "'%s is not a probability to drop; allowed: 0 or more and less than 1'.format([self.dropout])",
+            ),
         )
     )
 
@@ -44,7 +58,11 @@ class Model(Wire):
     """The model, from exactly one source."""
 
     model_config = ConfigDict(
-        json_schema_extra=cel(("has(self.preset)", "'spec.model: no source is set; allowed: preset'"))
+        json_schema_extra=cel(
+            rule(
+                ".preset", "has(self.preset)", "'no source of the model is set; allowed: preset'", "FieldValueRequired"
+            )
+        )
     )
 
     preset: Preset | None = Field(None, description="A model that ships with the worker image.")
@@ -87,9 +105,10 @@ class Train(Wire):
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            (
+            rule(
+                ".globalBatchSize",
                 "self.globalBatchSize % self.microbatches == 0",
-                "'spec.train.globalBatchSize: %d is not divisible by microbatches %d; allowed: a multiple of it'"
+                "'%d is not divisible by microbatches %d; allowed: a multiple of it'"
                 ".format([self.globalBatchSize, self.microbatches])",
             )
         )

@@ -46,5 +46,5 @@ def namespace(request: pytest.FixtureRequest) -> Iterator[kit.Namespace]:
         yield made
 
 
-TEXT = b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("a*.py")))[:200_000]
+TEXT = b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("a*.py")))[:100_000]
 """Real text: modules of Python's standard library."""

@@ -1,6 +1,4 @@
-"""A PipelineJob as the builders and the controller use it: the parsed models, and the manifest where its
-depth counts.
-"""
+"""A PipelineJob as builders and controller use it: the parsed models, and the template as written."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

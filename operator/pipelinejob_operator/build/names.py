@@ -16,9 +16,7 @@ FIELD_MANAGER = "pipelinejob-operator"
 
 
 def pod_name(job: str, stage: int, attempt: int) -> str:
-    """Name of a stage pod. It carries the attempt, so a replacement never waits for a dead node's pod to
-    go.
-    """
+    """Name of a stage pod; with the attempt, so that a replacement never waits for a dead node's pod."""
     return f"{job}-s{stage}-a{attempt}"
 
 

@@ -11,9 +11,7 @@ DNS_PORT = 53
 
 
 def service(job: Job) -> dict[str, Any]:
-    """Headless Service that gives each stage pod its DNS name, before it is ready: the rendezvous needs it
-    then.
-    """
+    """Headless Service: each stage pod's DNS name, also before it is ready, for the rendezvous."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -31,9 +29,10 @@ def service(job: Job) -> dict[str, Any]:
 
 
 def network_policy(job: Job, installation: Installation) -> dict[str, Any]:
-    """NetworkPolicy of the stage pods: in from the job's own pods, and from the operator to the status port
-    only; out to the job's own pods and to DNS. It stands in a namespace that denies everything else; policies
-    add up, so a user opens more with a policy of their own.
+    """NetworkPolicy of the stage pods.
+
+    In from the job's own pods, and from the operator to the status port only; out to the job's own pods and
+    to DNS. It suffices in a namespace that denies everything else; policies add up, so users add their own.
     """
     own = {"podSelector": {"matchLabels": _own_pods(job)}}
     operator = {

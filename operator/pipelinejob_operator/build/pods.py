@@ -28,15 +28,11 @@ AGENT_COMMAND = ["python3", "-m", "pipelinejob_worker.agent"]
 USER_ID = 65532
 GRACE_SECONDS = 30
 NODE_LOSS_SECONDS = 30
-"""How long a pod stays bound to a node that does not answer; the default of 300 s would hold up the whole
-gang.
-"""
+"""How long a pod stays bound to a node that does not answer; 300 s, the default, hold up the gang."""
 
 
 def stage_pod(job: Job, stage: int, installation: Installation, *, share_host: bool) -> dict[str, Any]:
-    """Build the pod of ``stage`` for the job's present attempt; ``share_host`` keeps all stages on one
-    node.
-    """
+    """Build a stage's pod of the present attempt; ``share_host`` keeps all stages on one node."""
     attempt, stages = job.status.attempt, job.spec.stages
     labels = stage_labels(job.name, job.uid, stage, stages, attempt)
     user_meta = job.template.get("metadata") or {}

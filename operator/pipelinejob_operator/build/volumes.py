@@ -1,6 +1,4 @@
-"""Volumes that every stage pod has: the pod's own facts, scratch space, shared memory, and the checkpoint
-claim.
-"""
+"""Volumes of every stage pod: the pod's own facts, scratch space, shared memory, the checkpoint claim."""
 
 from typing import Any
 
@@ -15,18 +13,14 @@ from pipelinejob_worker.protocol import (
 
 SHARED_MEMORY_DIRECTORY = "/dev/shm"  # noqa: S108 - a mount point, not a temporary file
 SHARED_MEMORY_LIMIT = "1Gi"
-"""Most of it that a stage may fill; NCCL's and torch's segments take far less. Used pages count as container
-memory.
-"""
+"""Most of it that a stage may fill: NCCL and torch take far less. Used pages count as memory."""
 
 INFO, SCRATCH, SHARED_MEMORY, CHECKPOINT = (
     f"pipelinejob-{part}" for part in ("info", "scratch", "shared-memory", "checkpoint")
 )
 OUR_VOLUMES = frozenset({INFO, SCRATCH, SHARED_MEMORY, CHECKPOINT})
 OUR_MOUNT_PATHS = frozenset({POD_INFO_DIRECTORY, CHECKPOINT_DIRECTORY})
-"""Mount paths that a template may not take. Scratch and shared memory may be replaced by volumes of the
-user's own.
-"""
+"""Mount paths that a template may not take; those of scratch and shared memory it may."""
 
 
 def stage_volumes(claim_name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -54,9 +54,7 @@ class Refused:
 
 
 class Executor:
-    """Carries out actions; what comes back from a write goes into the cache at once, so the next look sees
-    it.
-    """
+    """Carries out actions. What a write returns goes into the cache at once, so the next look sees it."""
 
     def __init__(self, kubernetes: Kubernetes, cache: Cache) -> None:
         self._kubernetes, self._cache = kubernetes, cache
@@ -78,9 +76,7 @@ class Executor:
         return None
 
     async def write_status(self, job: Job, status: Status) -> None:
-        """Replace the status, if the job is still the version that the status was made from (422
-        otherwise).
-        """
+        """Replace the status; 422 where the job is no longer the version that it was made from."""
         written = await self._kubernetes.json_patch(
             JOBS,
             job.namespace,
@@ -150,9 +146,7 @@ class Executor:
         return None
 
     async def _apply(self, job: Job, manifest: Manifest) -> Refused | None:
-        """Create an object or bring it in line; nothing is written where its hash says that it is as
-        wanted.
-        """
+        """Create an object or bring it in line; nothing is written where its hash is as wanted."""
         kind, meta = manifest["kind"], manifest["metadata"]
         resource = {"Service": SERVICES, "NetworkPolicy": NETWORK_POLICIES}[kind]
         wanted = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]

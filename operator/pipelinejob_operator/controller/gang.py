@@ -34,9 +34,7 @@ def opened(gang: Gang, status: Status) -> bool:
 
 
 def patience(since: datetime | None, now: datetime) -> timedelta:
-    """Exponential back-off without a counter: wait as long again as one has waited, within 2 to 60
-    seconds.
-    """
+    """Exponential back-off without a counter: as long again as one has waited, within 2 to 60 s."""
     waited = now - since if since else SHORTEST_PATIENCE
     return min(max(waited, SHORTEST_PATIENCE), LONGEST_PATIENCE)
 

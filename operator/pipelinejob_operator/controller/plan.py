@@ -188,13 +188,9 @@ def _suspend(d: _Decision) -> _Decision:
     if d.gang.current:
         d.retire()
     d.delete(d.gang.others)
-    if left := len(d.seen.pods):
-        message = f"spec.suspend is set; {left} of the stage pods are still on their way out"
-        d.say(
-            ConditionType.SUSPENDED,
-            Reason.STOPPING,
-            "spec.suspend is set; the stage pods are on their way out",
-        )
+    if d.seen.pods:
+        message = "spec.suspend is set; the stage pods are on their way out"
+        d.say(ConditionType.SUSPENDED, Reason.STOPPING, message)
         d.down(Reason.STOPPING, message)
     else:
         d.draft.condition(
@@ -309,9 +305,7 @@ def _tend(d: _Decision) -> _Decision:
 
 
 def _hindrance(d: _Decision) -> Verdict | None:
-    """What keeps the pods from being made: then none of them may stand, so that no half of a gang holds
-    anything.
-    """
+    """What keeps the pods from being made: then none may stand, so that no half gang holds anything."""
     if d.seen.claim_missing:
         placed = _condition(d.job.status, ConditionType.PLACED)
         since = parse_time(placed.last_transition_time) if placed else None

@@ -1,6 +1,4 @@
-"""One reconcile: observe, plan, execute, and tell: a single status write at the end, and only when it
-changed.
-"""
+"""One reconcile: observe, plan, execute, and one status write at the end, only when it changed."""
 
 import secrets
 from collections.abc import Callable
@@ -29,6 +27,7 @@ log = structlog.get_logger(__name__)
 class _Memory:
     """What may be forgotten at any time: it only saves calls."""
 
+    uid: str
     network_checked: datetime | None = None
     refusal: Refusal | None = None
     refusals: int = 0
@@ -52,7 +51,7 @@ class Reconciler:
         self._executor = Executor(kubernetes, cache)
         self._installation, self._instance = installation, instance
         self._network_period, self._clock = network_period, clock
-        self._memory: dict[str, _Memory] = {}
+        self._memory: dict[Key, _Memory] = {}
 
     async def reconcile(self, key: Key) -> float | None:
         """Do the next thing for a job; return in how many seconds to look again even if nothing happens.
@@ -64,7 +63,7 @@ class Reconciler:
             if decided is None:
                 return None
             job, made = decided
-            if made.actions and await self._execute(job, made):
+            if made.actions and await self._execute(key, job, made):
                 return 0
             changed = render(made.status) != render(job.status)
             if changed:
@@ -88,6 +87,7 @@ class Reconciler:
     async def _plan(self, key: Key) -> tuple[Job, Plan] | None:
         manifest = self._cache.job(key)
         if manifest is None:
+            self._memory.pop(key, None)
             return None
         now = self._clock()
         try:
@@ -96,21 +96,26 @@ class Reconciler:
             job = Job.read_header(manifest)
             log.warning("cannot read the spec", errors=error.error_count())
             return job, unreadable(job, _first_line(error), now)
-        memory = self._memory.setdefault(job.uid, _Memory())
+        memory = self._recall(key, job)
         due = memory.network_checked is None or now - memory.network_checked >= self._network_period
         seen = await self._observer.look(job, refusal=memory.refusal, network_due=due, now=now)
         return job, plan(job, seen, now, self._installation)
 
-    async def _execute(self, job: Job, made: Plan) -> bool:
-        """Carry out a plan; True where the API server refused something, so that another plan is due at
-        once.
-        """
-        memory = self._memory[job.uid]
+    def _recall(self, key: Key, job: Job) -> _Memory:
+        """Return what is remembered of this very job, nothing of one of the same name before it."""
+        memory = self._memory.get(key)
+        if memory is None or memory.uid != job.uid:
+            memory = self._memory[key] = _Memory(job.uid)
+        return memory
+
+    async def _execute(self, key: Key, job: Job, made: Plan) -> bool:
+        """Carry out a plan; True where the API server refused something: then plan anew at once."""
+        memory = self._recall(key, job)
         log.debug("executing", actions=[type(action).__name__ for action in made.actions])
         refused = await self._executor.execute(job, made.actions)
+        if any(isinstance(action, ApplyObject) for action in made.actions):
+            memory.network_checked = self._clock()
         if refused is None:
-            if any(isinstance(action, ApplyObject) for action in made.actions):
-                memory.network_checked = self._clock()
             if any(isinstance(action, CreatePod) for action in made.actions):
                 memory.refusal, memory.refusals = None, 0
             return False
@@ -132,11 +137,6 @@ class Reconciler:
             metrics.RESTARTS.inc(restarts)
         for notice in made.notices:
             log.info("transition", reason=notice.reason, message=notice.message)
-
-    def forget(self) -> None:
-        """Drop the memory of jobs that are gone."""
-        alive = {manifest["metadata"]["uid"] for _, manifest in self._cache.jobs()}
-        self._memory = {uid: memory for uid, memory in self._memory.items() if uid in alive}
 
 
 def _first_line(error: ValidationError) -> str:

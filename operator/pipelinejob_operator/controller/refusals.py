@@ -35,9 +35,7 @@ def classify(message: str) -> Reason:
 
 
 def refusal(job: Job, *, what: str, reason: Reason, words: str, tries: int, now: datetime) -> Refusal:
-    """Put a refusal into words: what was refused, the server's own words, the cure; and wait 2, 4 ... 60
-    seconds.
-    """
+    """Put a refusal into words: what, the server's own words, the cure; and wait 2, 4 ... 60 s."""
     wait = min(FIRST_WAIT_SECONDS << min(tries, 16), LONGEST_WAIT_SECONDS)
     message = (
         f"{what} was refused, so no stage starts: {words}; {CURES[reason]}; the job asks again every "

@@ -28,9 +28,7 @@ def rfc3339(time: datetime) -> str:
 
 
 class Draft:
-    """The next status, while a plan decides on it. Starts as the present one; ``finish`` renders the
-    summary.
-    """
+    """The next status, while a plan decides on it; it starts as the present one."""
 
     def __init__(self, job: Job, now: datetime) -> None:
         self._job = job

@@ -34,8 +34,7 @@ def near_neighbours(labels: Mapping[str, str], stages: int, levels: Sequence[str
 
 
 def one_host(labels: Mapping[str, str]) -> dict[str, Any]:
-    """Required term that keeps all stages of an attempt on one node, for a claim that only one node can
-    mount.
+    """Required term that keeps all stages of an attempt on one node.
 
     The scheduler lets the first pod pass, because it matches its own term and no other pod does.
     """

@@ -1,6 +1,4 @@
-"""Acceptance: what the CRD's schema and CEL rules cannot refuse. Each check passes, or says why the job
-cannot run.
-"""
+"""Acceptance: what the CRD cannot refuse. Each check passes, or says why the job cannot run."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,9 +11,7 @@ from pipelinejob_operator.policy.reasons import Reason, Verdict
 from pipelinejob_worker.protocol import WORKER_CONTAINER
 
 EXTRA_MODULES = 2
-"""A preset is its blocks with the embedding before and the head after them: these can be stages of their
-own.
-"""
+"""The embedding before a preset's blocks and the head after them can be stages of their own."""
 
 CONFIG_LIMIT_BYTES = 131_072
 """The worker's configuration travels in an annotation; all annotations of a pod may hold 262,144 bytes."""

@@ -42,9 +42,7 @@ class Ended:
 
     @classmethod
     def read(cls, terminated: Manifest) -> "Ended":
-        """Read ``state.terminated``; the message is an agent's ``Termination``, or else the end of the
-        log.
-        """
+        """Read ``state.terminated``; its message is an agent's ``Termination``, or the end of the log."""
         code, at = int(terminated.get("exitCode", 0)), parse_time(terminated.get("finishedAt"))
         reason, text = terminated.get("reason", ""), terminated.get("message", "")
         try:

@@ -1,6 +1,4 @@
-"""Every condition and reason that a PipelineJob can show, with its meaning: the documentation is made from
-here.
-"""
+"""Every condition and reason that a PipelineJob can show, with its meaning; the documentation's source."""
 
 from enum import StrEnum
 from typing import Literal, NamedTuple, Self

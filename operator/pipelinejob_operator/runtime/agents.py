@@ -1,6 +1,4 @@
-"""Polls of the stage agents: one agent a job, every few seconds, because each knows the progress of the whole
-pipeline.
-"""
+"""Polls of the stage agents: one agent a job, because each knows the progress of the whole pipeline."""
 
 import asyncio
 import random
@@ -82,9 +80,7 @@ class Agents:
 
 
 async def ask(session: aiohttp.ClientSession, address: str) -> AgentStatus:
-    """Get one agent's status; raises ValueError for an answer that is too long, malformed or of another
-    version.
-    """
+    """Get one agent's status; raises ValueError for an answer that is too long, malformed or too new."""
     host = f"[{address}]" if ":" in address else address
     url = f"http://{host}:{STATUS_PORT}/status"
     async with session.get(url, allow_redirects=False, raise_for_status=True) as response:

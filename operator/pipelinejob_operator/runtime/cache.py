@@ -61,9 +61,7 @@ class Cache:
         return iter(list(self._jobs.items()))
 
     def pods(self, key: Key) -> list[Manifest]:
-        """Return the pods that carry a job's name, trimmed; they may belong to an earlier job of that
-        name.
-        """
+        """Return the pods that carry a job's name, trimmed; their owner may be an earlier job."""
         return list(self._pods.get(key, {}).values())
 
     def put_job(self, manifest: Manifest) -> bool:

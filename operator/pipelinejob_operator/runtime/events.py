@@ -19,8 +19,7 @@ log = structlog.get_logger(__name__)
 
 
 async def publish(kubernetes: Kubernetes, job: Job, notices: tuple[Notice, ...], instance: str) -> None:
-    """Create an Event for each notice. Its name comes from its occasion, so a second try makes no second
-    Event.
+    """Create an Event for each notice; named after its occasion, so a second try makes no second one.
 
     A refused Event is logged and given up: history must not hold up the job.
     """

@@ -62,9 +62,7 @@ class Leader:
             raise NotLeaderError(f"{self.identity} does not hold lease {self._namespace}/{self._name}")
 
     async def run(self, kubernetes: LeaseStore) -> None:
-        """Win the lease, then keep it; raises ``NotLeaderError`` once it is lost: the process must then
-        end.
-        """
+        """Win the lease, then keep it; raises ``NotLeaderError`` once it is lost."""
         while True:
             try:
                 await self.attempt(kubernetes)

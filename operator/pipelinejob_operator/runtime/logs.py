@@ -7,9 +7,7 @@ import structlog
 
 
 def configure(level: str) -> None:
-    """Send every log record to standard error as JSON; a reconcile's ``job`` and ``trace`` come from its
-    context.
-    """
+    """Send every log record to standard error; a reconcile's ``job`` and ``trace`` are its context's."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,

@@ -1,5 +1,4 @@
-"""A work queue of keys, after the one of client-go: a key is worked on by one worker at a time and waits once
-at most.
+"""A work queue of keys, after the one of client-go: each is worked on once at a time and waits once at most.
 
 A key that is added while a worker has it is handed out again afterwards, so no change is lost and none is
 worked on twice at once. ``retry`` backs off exponentially per key, ``add_after`` waits; both with a jitter

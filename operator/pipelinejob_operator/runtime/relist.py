@@ -1,6 +1,4 @@
-"""The paginated re-list: the watch's safety net. It drops objects whose deletion the watch missed, and counts
-that.
-"""
+"""The paginated re-list, the watch's safety net: it drops what the watch missed the deletion of."""
 
 import asyncio
 import random

@@ -16,9 +16,7 @@ def _split(text: object) -> object:
 
 
 class Settings(BaseModel):
-    """What the operator needs to know before it can speak to the API server. Each alias is an environment
-    name.
-    """
+    """What the operator is told at its start. Each alias is an environment name."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -41,9 +39,7 @@ class Settings(BaseModel):
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> "Settings":
-        """Read the environment; raises pydantic's ValidationError that names the variable and what is
-        allowed.
-        """
+        """Read the environment; raises pydantic's ValidationError that names the variable."""
         return cls.model_validate(dict(environment))
 
     def installation(self) -> Installation:

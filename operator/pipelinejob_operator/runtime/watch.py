@@ -72,9 +72,7 @@ def registry(cache: Cache, wake: Callable[[Key], None]) -> kopf.OperatorRegistry
 
 
 async def watch(cache: Cache, wake: Callable[[Key], None], namespace: str) -> None:
-    """Watch jobs and pods, in one namespace or in all (empty), until SIGTERM or SIGINT, which kopf
-    handles.
-    """
+    """Watch jobs and pods, in one namespace or in all (empty), until a signal, which kopf handles."""
     await kopf.operator(
         registry=registry(cache, wake),
         settings=settings(),

@@ -44,9 +44,7 @@ async def work(
 
 
 async def _one(key: Key, queue: WorkQueue[Key], reconciler: Reconciles) -> None:
-    """Reconcile one key. Whatever goes wrong with it is logged and tried again: one job must not stop the
-    others.
-    """
+    """Reconcile one key. What goes wrong is logged and tried again: one job must not stop the others."""
     started = time.monotonic()
     try:
         again = await reconciler.reconcile(key)

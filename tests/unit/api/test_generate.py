@@ -7,6 +7,9 @@ from pipelinejob_operator.api import crd
 from pipelinejob_operator.api.generate import ROOT, stale
 
 
+RULES = "x-kubernetes-validations"
+
+
 def nodes(schema: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Walk over every schema node below one, itself first."""
     yield path, schema
@@ -53,3 +56,12 @@ def test_omitted_sections_get_their_defaults() -> None:
 def test_the_api_server_invents_no_status() -> None:
     for path, node in nodes(crd.structural_schema()["properties"]["status"], "status"):
         assert "default" not in node, path
+
+
+def test_every_rule_blames_a_field() -> None:
+    rules = [(path, rule) for path, node in nodes(crd.structural_schema()) for rule in node.get(RULES, [])]
+    assert rules
+    for path, rule in rules:
+        blamed = f"{path}{rule['fieldPath']}"
+        assert blamed in {name for name, _ in nodes(crd.structural_schema())}, f"{blamed} does not exist"
+        assert rule["messageExpression"]

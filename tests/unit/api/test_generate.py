@@ -6,7 +6,6 @@ from typing import Any
 from pipelinejob_operator.api import crd
 from pipelinejob_operator.api.generate import ROOT, stale
 
-
 RULES = "x-kubernetes-validations"
 
 

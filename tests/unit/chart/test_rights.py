@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.integration.operator.rights import CLUSTER_WIDE, NAMESPACED
 from tests.unit.chart.helm import NAMESPACE, ONE_NAMESPACE, RELEASE, Object, of_kind, render
 
 JOB_RIGHTS = {
@@ -53,6 +54,14 @@ def test_for_one_namespace_its_rights_end_there() -> None:
     roles = bound(render(*ONE_NAMESPACE))
     assert set(roles) == {("Role", "team-a"), ("Role", NAMESPACE)}
     assert rights(roles["Role", "team-a"]) == JOB_RIGHTS
+
+
+@pytest.mark.parametrize(("values", "tested"), [((), CLUSTER_WIDE), (ONE_NAMESPACE, NAMESPACED)])
+def test_these_are_the_rights_with_which_the_operator_is_tested(
+    values: tuple[str, ...], tested: list[dict[str, list[str]]]
+) -> None:
+    given = [rule for role in bound(render(*values)).values() for rule in role["rules"]]
+    assert rights({"rules": given}) == rights({"rules": tested})
 
 
 @pytest.mark.parametrize("values", [(), ONE_NAMESPACE])

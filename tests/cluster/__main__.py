@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from tests.cluster import binaries, lifecycle, progress
+from tests.cluster import binaries, lifecycle, progress, selfcheck
 from tests.cluster.errors import ClusterError
 
 
@@ -19,6 +19,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("load", help="build the images whose sources changed and load them into all nodes")
     commands.add_parser("status", help="show its programs and nodes")
     commands.add_parser("down", help="take it down and leave nothing but the cache")
+    commands.add_parser("selfcheck", help="start, kill and take down a small one, and compare the machine with before")
     commands.add_parser("binaries", help="build its programs and print their directory")
     return top
 
@@ -36,6 +37,8 @@ def main() -> int:
                 lifecycle.status()
             case "down":
                 lifecycle.down()
+            case "selfcheck":
+                selfcheck.run()
             case "binaries":
                 progress.say(str(binaries.ensure()))
     except ClusterError as error:

@@ -16,6 +16,7 @@ deletion of a namespace (the ServiceAccount admission plugin is off, so pods can
 """
 
 import json
+import signal
 import socket
 import ssl
 import urllib.error
@@ -189,8 +190,11 @@ class ControlPlane:
             processes.stop(self.home, name)
 
     def reconfigure(self, **changes: object) -> None:
-        """Restart the API server with other members of ``Configuration``; objects and ports stay."""
-        self.api_server.stop()
+        """Restart the API server with other members of ``Configuration``; objects and ports stay.
+
+        It is killed: an orderly stop would wait for every open watch, up to a minute.
+        """
+        self.api_server.stop(signal.SIGKILL)
         self.configuration = replace(self.configuration, **changes)  # type: ignore[arg-type]
         self.api_server.start()
 

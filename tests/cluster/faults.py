@@ -54,9 +54,9 @@ def silent_kubelet(name: str) -> Iterator[None]:
 
 @contextmanager
 def stopped_api_server() -> Iterator[None]:
-    """Stop the API server."""
+    """Kill the API server."""
     plane = lifecycle.control_plane()
-    plane.api_server.stop()
+    plane.api_server.stop(signal.SIGKILL)
     try:
         yield
     finally:

@@ -12,14 +12,15 @@ RESTLESS_SYSCTLS = (
     "fs/dentry-state",
     "fs/file-nr",
     "fs/inode-",
+    "fs/quota/",
     "kernel/ns_last_pid",
     "kernel/pty/nr",
     "kernel/random/",
+    "net/netfilter/nf_conntrack_count",
 )
 """Counters and random numbers: they change by themselves."""
 
-FIRST_USE_SYSCTLS = ("net/netfilter/nf_conntrack_count", "net/netfilter/nf_conntrack_buckets")
-"""What depends on traffic."""
+NODE_PROGRAMS = ("containerd", "kubelet", "pause", "runc")
 
 DIRECTORIES = ("/etc/cni", "/opt", "/run", "/run/netns", "/usr/libexec", "/var/lib", "/var/log")
 
@@ -32,7 +33,7 @@ def _sysctls() -> list[str]:
     found = []
     for file in Path("/proc/sys").rglob("*"):
         name = str(file.relative_to("/proc/sys"))
-        if file.is_file() and not name.startswith((*RESTLESS_SYSCTLS, *FIRST_USE_SYSCTLS)):
+        if file.is_file() and not name.startswith(RESTLESS_SYSCTLS):
             with suppress(OSError):  # some can only be written
                 found.append(f"{name}={file.read_text(errors='replace').strip()}")
     return sorted(found)
@@ -43,15 +44,15 @@ def _interfaces() -> list[str]:
 
 
 def _programs() -> list[str]:
-    """Return our own programs and all container shims."""
-    shims = []
+    """Return what carries the cluster's mark, and what runs on nodes, whoever started it."""
+    found = [f"marked ({pid})" for pid in processes.marked(settings.STATE)]
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            with suppress(OSError):
+            with suppress(OSError):  # it has ended meanwhile
                 name = (entry / "comm").read_text().strip()
-                if name.startswith(("containerd", "kube", "runc", "etcd", "coredns", "pause")):
-                    shims.append(f"{name} ({entry.name})")
-    return sorted([*shims, *(f"marked ({pid})" for pid in processes.marked(settings.STATE))])
+                if name.startswith(NODE_PROGRAMS):
+                    found.append(f"{name} ({entry.name})")
+    return sorted(found)
 
 
 def _entries() -> list[str]:

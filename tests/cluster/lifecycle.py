@@ -222,6 +222,18 @@ def status() -> None:
     progress.say(f"export KUBECONFIG={settings.KUBECONFIG}")
 
 
+def prepare() -> None:
+    """Build and install all that a start needs, and start nothing."""
+    preflight.check_host()
+    with cache.locked("cluster"):
+        preflight.check_disk(first=not images.seed().exists())
+        packages.ensure()
+        binaries.ensure()
+        settings.RUN.mkdir(parents=True, exist_ok=True)
+        images.ensure_seed()
+        teardown.down()
+
+
 def down() -> None:
     """Take the cluster down; nothing is left of it but the cache."""
     preflight.check_host()

@@ -6,6 +6,7 @@ the test process nor another child is: the standard library's fork server keeps 
 
 import multiprocessing
 import os
+import resource
 import socket
 import sys
 import traceback
@@ -75,13 +76,13 @@ def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[A
 class Stage:
     """The worker of one stage, as its agent sees it: a process at the other end of a link."""
 
-    def __init__(self, assignment: Assignment, log: Path, device: int = 0) -> None:
+    def __init__(self, assignment: Assignment, log: Path, device: int, file_limit: int) -> None:
         _start_server()
         self._log = log
         self._connection, theirs = socket.socketpair()
         self._connection.settimeout(PATIENCE_SECONDS)
         self._lines = self._connection.makefile("rb")
-        self._process = _server.Process(target=_work, args=(theirs, log, device))
+        self._process = _server.Process(target=_work, args=(theirs, log, device, file_limit))
         self._process.start()
         theirs.close()
         self._send(assignment)
@@ -134,11 +135,12 @@ class Stage:
         self._connection.sendall(message.to_json().encode() + b"\n")
 
 
-def _work(connection: socket.socket, log: Path, device: int) -> None:
+def _work(connection: socket.socket, log: Path, device: int, file_limit: int) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     os.environ["LOCAL_RANK"] = str(device)
     os.environ.pop("OMP_NUM_THREADS", None)
     from pipelinejob_worker.train.worker import work
@@ -163,10 +165,12 @@ def pipeline(
     attempt: int = 0,
     last: WorkerConfig | None = None,
     device_per_stage: bool = False,
+    last_file_limit: int = resource.RLIM_INFINITY,
 ) -> Iterator[list[Stage]]:
     """Run the workers of all stages; none is left at the end.
 
     ``last``: another configuration for the last stage. ``device_per_stage``: stage n gets CUDA device n, not 0.
+    ``last_file_limit``: bytes that a file of the last stage may have; a write beyond fails as on a full volume.
     """
     port = free_port()
     running: list[Stage] = []
@@ -187,7 +191,8 @@ def pipeline(
                 checkpoint_directory=str(checkpoints) if checkpoints else "",
             )
             log = logs / f"attempt-{attempt}-stage-{stage}.log"
-            running.append(Stage(assignment, log, stage if device_per_stage else 0))
+            limit = last_file_limit if stage == stages - 1 else resource.RLIM_INFINITY
+            running.append(Stage(assignment, log, stage if device_per_stage else 0, limit))
         yield running
     finally:
         for stage_process in running:

@@ -71,7 +71,7 @@ def test_the_environment_says_which_stage_this_is() -> None:
         {"PIPELINE_STAGE": "2", "PIPELINEJOB_ATTEMPT": "1", "PIPELINEJOB_NAME": "j", "PIPELINEJOB_UID": "u"}
     )
     assert (settings.stage, settings.attempt, settings.job, settings.job_uid) == (2, 1, "j", "u")
-    with pytest.raises(ConfigurationError, match="PIPELINE_STAGE: '' is not a number.*start the pod through"):
+    with pytest.raises(ConfigurationError, match=r"PIPELINE_STAGE: '' is not a number.*start the pod through"):
         from_environment({})
     with pytest.raises(ConfigurationError, match="PIPELINE_STAGE: '-1' is not a number"):
         from_environment({"PIPELINE_STAGE": "-1"})

@@ -1,6 +1,6 @@
 """The parent of all forks is fit to be one: importing the worker starts no thread and computes nothing."""
 
-import os
+from pathlib import Path
 
 import torch
 
@@ -8,7 +8,7 @@ from tests.unit.worker import forked
 
 
 def _threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def _two_threads_and_a_backward() -> float:

@@ -18,7 +18,7 @@ def _alone(port: int) -> Membership:
 def _raise(error: Exception, port: int) -> str:
     try:
         with joined(_alone(port), torch.device("cpu")):
-            raise error
+            raise error  # noqa: TRY301
     except Exception as seen:  # noqa: BLE001 - its type is what is tested
         return type(seen).__name__
 

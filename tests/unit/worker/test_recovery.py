@@ -137,9 +137,11 @@ def test_a_finished_job_that_is_started_again_succeeds_at_once(
     tmp_path: Path, config: WorkerConfig, checkpoints: Path
 ) -> None:
     train_to(STEPS, config, checkpoints)
+    (checkpoints / "step-000000099.partial-0").mkdir()
     before = history(checkpoints)
     assert run_to_end(config, 2, tmp_path, checkpoints, attempt=1) == [0, 0]
     assert history(checkpoints) == before
+    assert names(checkpoints) == ["step-000000008", "step-000000012"], "what an earlier attempt left is deleted"
 
 
 def test_a_checkpoint_of_another_seed_is_refused_by_name(
@@ -169,30 +171,27 @@ def test_what_no_restart_can_cure_is_a_final_failure(tmp_path: Path, change: dic
         assert cure in stages[0].failure.message
 
 
-def occupy(checkpoints: Path, step: int) -> None:
-    """Make it impossible to save this step: a file lies where the directory has to be made."""
-    (checkpoints / f"step-{step:09d}.partial-0").write_text("in the way")
-
-
-def test_a_save_that_fails_leaves_the_one_before_and_training_goes_on(
+def test_a_checkpoint_that_cannot_be_published_leaves_the_one_before_and_training_goes_on(
     tmp_path: Path, config: WorkerConfig, checkpoints: Path
 ) -> None:
-    occupy(checkpoints, 8)
+    (checkpoints / "step-000000008").write_text("a file where the directory has to come")
     with pipeline(config, 2, tmp_path, checkpoints) as stages:
         assert [stage.exit_code() for stage in stages] == [0, 0]
-        assert all("checkpoint not written" in stage.log for stage in stages)
-    assert {"step-000000004", "step-000000012"} <= set(names(checkpoints))
-    assert "step-000000008" not in names(checkpoints)
+        assert '"step": 8, "event": "checkpoint saved"' not in stages[1].log
+        assert "checkpoint not published" in stages[0].log
+    assert names(checkpoints) == ["step-000000004", "step-000000008", "step-000000012"]
     assert history(checkpoints) == reference_losses(config, STEPS)
 
 
-def test_without_the_last_checkpoint_a_job_has_not_succeeded(
+def test_without_room_for_the_last_checkpoint_a_job_has_not_succeeded(
     tmp_path: Path, config: WorkerConfig, checkpoints: Path
 ) -> None:
-    occupy(checkpoints, 12)
-    with pipeline(config, 2, tmp_path, checkpoints) as stages:
+    with pipeline(config, 2, tmp_path, checkpoints, last_file_limit=16384) as stages:
         assert [stage.exit_code() for stage in stages] == [1, 1]
-        assert "the next attempt goes on from step 8" in stages[0].failure.message
+        assert stages[1].log.count("checkpoint not written") == 3
+        assert "free space on it: the next attempt goes on from step 0" in stages[0].failure.message
+    assert names(checkpoints) == [], "what was written in vain takes no room"
+    assert len(history(checkpoints)) == STEPS, "training went on to the end"
     assert run_to_end(config, 2, tmp_path, checkpoints, attempt=1) == [0, 0]
     assert history(checkpoints) == reference_losses(config, STEPS)
 

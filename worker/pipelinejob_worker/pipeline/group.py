@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -110,7 +110,7 @@ def joined(membership: Membership, device: torch.device) -> Iterator[Group]:
         yield Group(stage, stages, device)
     except Exception as error:
         if is_link_error(error):
-            raise PeerLostError(f"stage {stage} lost a link to another stage: {_first_line(error)}") from error
+            raise PeerLostError(f"stage {stage} lost a link to another stage: {_cause(error)}") from error
         raise
     finally:
         if distributed.is_initialized():
@@ -123,7 +123,7 @@ def is_link_error(error: BaseException) -> bool:
     gloo raises plain RuntimeErrors, hence the look at the text. A port that is taken is this stage's own
     failure.
     """
-    chain = list(_chain(error))
+    chain = _chain(error)
     if any("EADDRINUSE" in str(link) or isinstance(link, torch.OutOfMemoryError) for link in chain):
         return False
     return any(
@@ -133,12 +133,12 @@ def is_link_error(error: BaseException) -> bool:
     )
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error, what it was raised from, and so on down to the cause."""
+    return [error, *(_chain(error.__cause__) if error.__cause__ else [])]
 
 
-def _first_line(error: BaseException) -> str:
-    root: Sequence[BaseException] = list(_chain(error))
-    return str(root[-1]).strip().splitlines()[0] if str(root[-1]).strip() else type(root[-1]).__name__
+def _cause(error: BaseException) -> str:
+    """First line of the cause: torch adds a stack of C++ frames."""
+    cause = _chain(error)[-1]
+    return (str(cause).splitlines() or [type(cause).__name__])[0]

@@ -11,17 +11,21 @@ from pipelinejob_worker.errors import ConfigurationError
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def check_schedule(name: str, stages: int, microbatches: int) -> None:
+    """Raise ConfigurationError when 1F1B has fewer microbatches than stages."""
+    if name == "1F1B" and microbatches < stages:
+        raise ConfigurationError(
+            f"spec.train.microbatches: {microbatches} is too few for schedule 1F1B on {stages} stages; allowed: "
+            f"{stages} or more, or schedule GPipe"
+        )
+
+
 def build_schedule(name: str, stage: PipelineStage, microbatches: int, loss: Loss) -> PipelineScheduleSingle:
     """Return torch's schedule of that name over one stage a rank.
 
     Gradients are summed over the microbatches, in their order, not averaged: ``loss`` must already be divided
-    by the tokens of the whole step. Raises ConfigurationError when 1F1B has fewer microbatches than stages.
+    by the tokens of the whole step.
     """
-    if name == "1F1B" and microbatches < stage.num_stages:
-        raise ConfigurationError(
-            f"spec.train.microbatches: {microbatches} is too few for schedule 1F1B on {stage.num_stages} "
-            f"stages; allowed: {stage.num_stages} or more, or schedule GPipe"
-        )
     kind = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}[name]
     return kind(stage, microbatches, loss_fn=loss, scale_grads=False)
 

@@ -106,12 +106,17 @@ class CheckpointStore:
 
     def retain(self, keep: int) -> None:
         """Delete all but the newest ``keep`` checkpoints, and damaged or partial ones; raises OSError."""
-        outdated = [self._complete(step) for step in (*self.complete_steps()[keep:], *self._distrusted)]
-        partial = [path for path in self._directory.iterdir() if _PARTIAL.fullmatch(path.name)]
-        for path in (*outdated, *partial):
-            if path.exists():
-                shutil.rmtree(path)
+        for step in (*self.complete_steps()[keep:], *self._distrusted):
+            if self._complete(step).exists():
+                shutil.rmtree(self._complete(step))
         self._distrusted.clear()
+        self.discard_partial()
+
+    def discard_partial(self) -> None:
+        """Delete what was not finished, by whichever attempt; nobody may be writing. Raises OSError."""
+        for path in self._directory.iterdir():
+            if _PARTIAL.fullmatch(path.name):
+                shutil.rmtree(path)
 
     def distrust(self, step: int) -> None:
         """Count a checkpoint as not there; ``retain`` deletes it once there is a good one."""

@@ -37,24 +37,25 @@ def save(
         table[mine.start : mine.stop] = 0
         log.warning("checkpoint not written", step=step, error=str(error))
     table = group.sum(table)
-    written = bool((table[:, 0] == 1).all())
     published = False
-    if written and group.first:
-        files = {name: _file(row.tolist()) for name, row in zip(names, table, strict=True)}
-        published = _publish(store, step, files, keep)
+    if group.first:
+        if bool((table[:, 0] == 1).all()):
+            files = {name: _file(row.tolist()) for name, row in zip(names, table, strict=True)}
+            published = _done("checkpoint not published", store.publish, step, files)
+        if published:
+            _done("old checkpoints not deleted", store.retain, keep)
+        else:  # a full volume must not be kept full by what does not count
+            _done("partial checkpoint not deleted", store.discard_partial)
     return group.gather(int(published))[0] == [1]
 
 
-def _publish(store: CheckpointStore, step: int, files: Mapping[str, LayerFile], keep: int) -> bool:
+def _done(failure: str, action: Callable[..., None], *arguments: object) -> bool:
+    """Whether the action went well; if not, log the failure."""
     try:
-        store.publish(step, files)
+        action(*arguments)
     except OSError as error:
-        log.warning("checkpoint not published", step=step, error=str(error))
+        log.warning(failure, error=str(error))
         return False
-    try:
-        store.retain(keep)
-    except OSError as error:
-        log.warning("old checkpoints not deleted", step=step, error=str(error))
     return True
 
 
@@ -70,12 +71,16 @@ def resume(
     line in its log, all take the checkpoint before. Step 0 without layers: there is none. Raises
     ConfigurationError when a checkpoint is of another model or seed.
     """
+    step, layers = 0, dict[int, dict[str, torch.Tensor]]()
     while newest := max(row[0] for row in group.gather(next(iter(store.complete_steps()), 0))):
-        layers = _read(store, newest, names, shapes)
-        if group.agree(layers is not None) and layers is not None:
-            return newest, layers
+        read = _read(store, newest, names, shapes)
+        if group.agree(read is not None) and read is not None:
+            step, layers = newest, read
+            break
         store.distrust(newest)
-    return 0, {}
+    if group.first:  # no stage writes before all, this one too, have made a step
+        _done("partial checkpoints not deleted", store.discard_partial)
+    return step, layers
 
 
 def _read(

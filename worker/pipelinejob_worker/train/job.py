@@ -10,7 +10,7 @@ from pipelinejob_worker.link import AgentLink, Assignment, Joined
 from pipelinejob_worker.models import LayeredModel, model_of
 from pipelinejob_worker.pipeline.group import Group, joined, prepare_device
 from pipelinejob_worker.pipeline.partition import describe, partition
-from pipelinejob_worker.pipeline.schedule import bubble_limit
+from pipelinejob_worker.pipeline.schedule import bubble_limit, check_schedule
 from pipelinejob_worker.protocol import ExitCode
 from pipelinejob_worker.state import commit
 from pipelinejob_worker.state.checkpoint import CheckpointStore
@@ -37,6 +37,7 @@ def run(assignment: Assignment, link: AgentLink) -> ExitCode:
     train, membership = assignment.config.train, assignment.membership
     model = model_of(assignment.config.model)
     stages = partition(model.costs, membership.stages)
+    check_schedule(train.schedule.name, membership.stages, train.microbatches)
     device = prepare_device()
     reads_data = membership.stage in (0, membership.stages - 1)
     corpus = Corpus(train, model.context) if reads_data else None
@@ -103,10 +104,10 @@ class StageJob:
             leave = result.stop or step == total
             self._meter.step_finished(result.seconds, result.busy_seconds)
             if history:
-                _keep(lambda: history.append(step, result.loss), step)  # noqa: B023 - called at once
+                _keep(history.append, step, result.loss)
             if self._store and (leave or step % every == 0):
                 if history:
-                    _keep(history.sync, step)
+                    _keep(history.sync)
                 self._save(self._store, step)
             progress = self._meter.progress(step, result.loss, self._saved_step)
             self._reporter.report(progress, now=leave)
@@ -164,9 +165,9 @@ def _open_store(assignment: Assignment, model: LayeredModel) -> CheckpointStore 
     return store
 
 
-def _keep(write: Callable[[], None], step: int) -> None:
+def _keep(write: Callable[..., None], *arguments: object) -> None:
     """Write to the history; a full volume costs lines of it, not the training."""
     try:
-        write()
+        write(*arguments)
     except OSError as error:
-        log.warning("history not written", step=step, error=str(error))
+        log.warning("history not written", error=str(error))

@@ -68,30 +68,30 @@ def proxy(plane: ControlPlane) -> Program:
     """Return kube-proxy: one for all nodes, since they share the machine's network."""
     kubeconfig = plane.authority.kubeconfig(plane.home / "proxy.kubeconfig", plane.server, "system:kube-proxy")
     config = plane.home / "proxy.json"
-    config.write_text(
-        json.dumps(
-            {
-                "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
-                "kind": "KubeProxyConfiguration",
-                "mode": "nftables",
-                "clusterCIDR": settings.POD_NETWORK,
-                "clientConnection": {"kubeconfig": str(kubeconfig)},
-                # Client and server may be on the same bridge: the answer must come back through the host.
-                "nftables": {"masqueradeAll": True},
-                "nodePortAddresses": [settings.POD_NETWORK],
-                # Leave the machine's connection tracking as it is.
-                "conntrack": {
-                    "maxPerCore": 0,
-                    "min": 0,
-                    "tcpEstablishedTimeout": "0s",
-                    "tcpCloseWaitTimeout": "0s",
-                },
-                "hostnameOverride": settings.node_name(1),
-                "healthzBindAddress": f"{LOOPBACK}:{settings.PROXY_HEALTH_PORT}",
-                "metricsBindAddress": f"{LOOPBACK}:{settings.PROXY_METRICS_PORT}",
-            }
-        )
+    text = json.dumps(
+        {
+            "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+            "kind": "KubeProxyConfiguration",
+            "mode": "nftables",
+            "clusterCIDR": settings.POD_NETWORK,
+            "clientConnection": {"kubeconfig": str(kubeconfig)},
+            # Client and server may be on the same bridge: the answer must come back through the host.
+            "nftables": {"masqueradeAll": True},
+            "nodePortAddresses": [settings.POD_NETWORK],
+            # Leave the machine's connection tracking as it is.
+            "conntrack": {
+                "maxPerCore": 0,
+                "min": 0,
+                "tcpEstablishedTimeout": "0s",
+                "tcpCloseWaitTimeout": "0s",
+            },
+            "hostnameOverride": settings.node_name(1),
+            "healthzBindAddress": f"{LOOPBACK}:{settings.PROXY_HEALTH_PORT}",
+            "metricsBindAddress": f"{LOOPBACK}:{settings.PROXY_METRICS_PORT}",
+        }
     )
+    if not config.exists() or config.read_text() != text:  # kube-proxy ends when its file is written
+        config.write_text(text)
     argv = (plane.binaries / "kube-proxy", f"--config={config}")
     url = f"http://{LOOPBACK}:{settings.PROXY_HEALTH_PORT}/livez"
     return Program(plane.home, "kube-proxy", argv, lambda: answers(url))

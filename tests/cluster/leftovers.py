@@ -50,7 +50,7 @@ def _programs() -> list[str]:
         if entry.name.isdigit():
             with suppress(OSError):  # it has ended meanwhile
                 name = (entry / "comm").read_text().strip()
-                if name.startswith(NODE_PROGRAMS):
+                if name.startswith(NODE_PROGRAMS) and processes.running(int(entry.name)):
                     found.append(f"{name} ({entry.name})")
     return sorted(found)
 

@@ -66,13 +66,19 @@ def marked(home: Path, names: Collection[str] = ()) -> list[int]:
 
 def kill_all(find: Callable[[], Collection[int]], seconds: float = STOP_SECONDS) -> None:
     """Kill what ``find`` returns until it returns nothing: processes may start others before they die."""
-    end_at = time.monotonic() + seconds
+    end_at, killed = time.monotonic() + seconds, set[int]()
     while left := find():
+        killed.update(left)
         if time.monotonic() > end_at:
             raise ClusterError(f"processes {sorted(left)} do not die; look at them with `ps`")
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+    # A dying process carries no mark any more, and may still hold what it had.
+    while left := {pid for pid in killed if running(pid)}:
+        if time.monotonic() > end_at:
+            raise ClusterError(f"processes {sorted(left)} do not die; look at them with `ps`")
         time.sleep(POLL_SECONDS)
 
 

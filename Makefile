@@ -57,7 +57,8 @@ test-integration: $(VENV)/complete ## Run the tests that need only etcd and an A
 
 .PHONY: test-e2e
 test-e2e: $(VENV)/complete ## Run real jobs on the cluster in KUBECONFIG, or on one started here and taken down again.
-	@if [ -z "$${KUBECONFIG:-}" ]; then trap '$(CLUSTER) down' EXIT; fi; source tests/cluster/use.sh; \
+	@if [ -z "$${KUBECONFIG:-}" ]; then $(CLUSTER) selfcheck; trap '$(CLUSTER) down' EXIT; fi; \
+	source tests/cluster/use.sh; \
 	$(PYTHON) -m pytest tests/e2e
 
 .PHONY: test-gpu
@@ -124,3 +125,7 @@ cluster-status: ## Show the cluster's programs and nodes.
 .PHONY: cluster-down
 cluster-down: ## Take the cluster down and leave nothing but the cache.
 	@$(CLUSTER) down
+
+.PHONY: clean
+clean: cluster-down ## Take the cluster down and remove all that was built and cached.
+	cd $(PIPELINEJOB_CACHE) && rm -rf {binaries,kwok,base,seed,venv}-* containers uv log durations.json .*.lock .*.partial

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 WORKER_IMAGE = os.environ.get("PIPELINEJOB_WORKER_IMAGE", "localhost/pipelinejob/worker:dev")
 OPERATOR_NAMESPACE = "pipelinejob-system"
 POLL_SECONDS = 0.3
@@ -39,7 +37,7 @@ def get(*arguments: str) -> Object:
 
 def apply(*objects: Object) -> None:
     """Apply manifests, with kubectl's default validation."""
-    kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(objects))
+    kubectl("apply", "-f", "-", stdin=json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}))
 
 
 def wait_for(what: str, look: Callable[[], Any], seconds: float = 120, dump: Callable[[], str] = str) -> Any:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tests.cluster import settings
+from tests.cluster.errors import ClusterError
 
 ROOT = Path("/sys/fs/cgroup")
 CONTROLLERS = ("cpu", "cpuset", "hugetlb", "io", "memory", "pids")
@@ -21,7 +22,13 @@ def _roots() -> list[Path]:
 def _delegate(group: Path) -> None:
     offered = (group / "cgroup.controllers").read_text().split()
     for controller in set(CONTROLLERS).intersection(offered):
-        (group / "cgroup.subtree_control").write_text(f"+{controller}")
+        try:
+            (group / "cgroup.subtree_control").write_text(f"+{controller}")
+        except OSError as error:
+            raise ClusterError(
+                f"control group {group} cannot hand on {controller} ({error.strerror}): the test bed needs a machine,"
+                " or a container with a control group of its own"
+            ) from error
 
 
 def create(node: str) -> str:

@@ -61,10 +61,12 @@ def add_node(index: int) -> None:
 
 
 def down() -> None:
-    """Remove the bridge, with addresses and routes, and the tables of the cluster and of kube-proxy."""
+    """Remove the bridge, with addresses and routes, and the tables of the cluster and of its kube-proxy."""
     if Path("/sys/class/net", settings.BRIDGE).exists():
         commands.run("ip", "link", "delete", settings.BRIDGE)
-    for family, name in (("inet", settings.NFT_TABLE), ("ip", "kube-proxy"), ("ip6", "kube-proxy")):
-        if commands.succeeds("nft", "list", "table", family, name):
-            commands.run("nft", "delete", "table", family, name)
+    # Ours goes last: while it is there, kube-proxy's are ours too, since a start refuses a machine that has some.
+    if commands.succeeds("nft", "list", "table", *TABLE.split()):
+        for table in ("ip kube-proxy", "ip6 kube-proxy", TABLE):
+            if commands.succeeds("nft", "list", "table", *table.split()):
+                commands.run("nft", "delete", "table", *table.split())
     sysctls.restore()

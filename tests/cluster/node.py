@@ -141,7 +141,8 @@ class Node:
 
     def start(self, seed: Path) -> None:
         """Start what does not run. A new node's images are ``seed``'s, shared by hard links."""
-        if self.namespace.pid is None:  # as after a boot: nothing of the run directory is true any more
+        if self.namespace.pid is None:  # as after a boot: what a crash left is in no namespace that can be entered
+            self.kill()
             shutil.rmtree(self.run, ignore_errors=True)
         for directory in (self.run / "scratch", self.directory / "cni", self.directory / "kubelet"):
             directory.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ INPUTS = {
     "worker": ("worker/pipelinejob_worker",),
 }
 SEED_FORMAT = "2"
+MOST_LOADED_BYTES = 2**30
 SEED_PROGRAM = "containerd-seed"
 CONTENT = "io.containerd.content.v1.content/blobs/sha256"
 
@@ -104,9 +105,14 @@ def ctr(socket: Path) -> tuple[str | Path, ...]:
     return ("ctr", "--address", socket, "--namespace", "k8s.io")
 
 
+def held_blobs(socket: Path) -> frozenset[str]:
+    """Return the digests of the blobs that a containerd has."""
+    return frozenset(commands.run(*ctr(socket), "content", "ls", "--quiet").split())
+
+
 def import_image(socket: Path, blobs: Path, manifest: str, name: str) -> None:
     """Import an image into a containerd, sending only the blobs that it lacks."""
-    held = frozenset(commands.run(*ctr(socket), "content", "ls", "--quiet").split())
+    held = held_blobs(socket)
     command = [str(word) for word in (*ctr(socket), "image", "import", "-")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdin is not None
@@ -147,6 +153,13 @@ def wanted() -> Loaded:
     return {f"{REPOSITORY_NAME}/{name}:{tag()}": {"name": name, "key": key_of(name)} for name in NAMES}
 
 
+def _drop(socket: Path, loaded: Loaded) -> None:
+    """Remove images of other tags from the seed: they would keep large layers of former lock files alive."""
+    for image in loaded.keys() - wanted().keys() - {PAUSE_IMAGE}:
+        commands.run(*ctr(socket), "image", "rm", "--sync", image)
+        del loaded[image]
+
+
 def ensure_seed() -> Path:
     """Build what changed, import it into the seed, and return the seed."""
     programs = binaries.ensure()
@@ -171,16 +184,28 @@ def ensure_seed() -> Path:
                 with progress.step(f"importing {image}", key=f"import-{entry['name']}", usual="worker: about 2 min"):
                     manifest = _seed_project_image(builder, socket, entry["name"], image)
                 loaded[image] = {"key": entry["key"], "manifest": manifest}
+            _drop(socket, loaded)
         _write_loaded(seed(), loaded)
     return seed()
 
 
 def load(node: Node) -> None:
-    """Bring a node that runs up to the seed."""
+    """Bring a node that runs up to the seed.
+
+    Raises:
+        ClusterError: the dependencies of an image changed: each node would get a copy of gigabytes.
+
+    """
     has, blobs = read_loaded(node.directory), seed() / "root" / CONTENT
     current = read_loaded(seed())
     for image, entry in current.items():
         if has.get(image, {}).get("manifest") != entry["manifest"]:
+            size = oci.size(blobs, entry["manifest"], held_blobs(node.socket))
+            if size > MOST_LOADED_BYTES:
+                raise ClusterError(
+                    f"the dependencies of {image} changed: {size / 2**30:.1f} GiB would be copied to every node;"
+                    " `make cluster-down cluster-up` makes nodes that share them"
+                )
             with progress.step(f"{node.name}: loading {image}"):
                 import_image(node.socket, blobs, entry["manifest"], image)
-    _write_loaded(node.directory, current)
+    _write_loaded(node.directory, {**has, **current})

@@ -59,17 +59,21 @@ def contents(blobs: Path, manifest: str) -> list[str]:
     return [manifest, read["config"]["digest"], *(layer["digest"] for layer in read["layers"])]
 
 
+def size(blobs: Path, manifest: str, held: Collection[str]) -> int:
+    """Return the bytes of an image's blobs that a receiver lacks which holds the blobs ``held``."""
+    return sum(_blob(blobs, digest).stat().st_size for digest in contents(blobs, manifest) if digest not in held)
+
+
 def write_archive(blobs: Path, manifest: str, name: str, held: Collection[str], target: IO[bytes]) -> None:
     """Write an image as an archive for a receiver that holds the blobs ``held`` already.
 
     containerd takes blobs that an archive lacks from its own content store, so a change of the last layer costs
     that layer alone.
     """
-    size = _blob(blobs, manifest).stat().st_size
     entry = {
         "mediaType": MANIFEST,
         "digest": manifest,
-        "size": size,
+        "size": _blob(blobs, manifest).stat().st_size,
         "annotations": {NAME_ANNOTATION: name},
     }
     index = {"schemaVersion": 2, "manifests": [entry]}

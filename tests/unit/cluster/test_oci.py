@@ -45,6 +45,7 @@ def test_an_image_of_one_program(image: tuple[Path, str]) -> None:
 def test_blobs_that_the_receiver_holds_stay_at_home(image: tuple[Path, str]) -> None:
     blobs, manifest = image
     _, config, layer = oci.contents(blobs, manifest)
+    assert oci.size(blobs, manifest, [layer, manifest]) == (blobs / config.removeprefix("sha256:")).stat().st_size
     assert sorted(archive(blobs, manifest, layer, manifest)) == sorted(
         ["oci-layout", "index.json", f"blobs/{config.replace(':', '/')}"]
     )

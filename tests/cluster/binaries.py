@@ -36,6 +36,8 @@ CNI_PLUGINS = tuple(
 )
 PAUSE = "./pause"
 KWOK = "sigs.k8s.io/kwok/cmd/kwok"
+KWOK_STAGES = ("node/fast", "node/heartbeat-with-lease", "pod/fast")
+"""How simulated nodes and pods behave, from kwok's own collection."""
 
 
 def go_build(module: Path, target: Path, flags: str, *packages: str, log: Path) -> None:
@@ -79,8 +81,16 @@ def ensure() -> Path:
     return cache.ensure("binaries", cache.digest(*inputs, recipe), _build)
 
 
+def _stages(module: Path) -> str:
+    source = Path(
+        commands.run("go", "list", "-m", "-f", "{{.Dir}}", KWOK.rpartition("/cmd/")[0], directory=module).strip()
+    )
+    files = [file for stage in KWOK_STAGES for file in sorted((source / "kustomize/stage" / stage).glob("*.yaml"))]
+    return "\n---\n".join(file.read_text() for file in files if file.name != "kustomization.yaml")
+
+
 def ensure_kwok() -> Path:
-    """Return the directory that holds kwok, which simulates nodes, building it if need be."""
+    """Return the directory that holds kwok, which simulates nodes, and its ``stages.yaml``, building it if need be."""
     module = TOOLS / "kwok"
 
     def build(target: Path) -> None:
@@ -88,5 +98,7 @@ def ensure_kwok() -> Path:
         log.unlink(missing_ok=True)
         with progress.step("building kwok", key="kwok", usual="about 3 min on 2 cores"):
             go_build(module, target, STRIP, KWOK, log=log)
+            (target / "stages.yaml").write_text(_stages(module))
 
-    return cache.ensure("kwok", cache.digest(module / "go.mod", module / "go.sum", STRIP, KWOK), build)
+    inputs = (module / "go.mod", module / "go.sum", STRIP, KWOK, *KWOK_STAGES)
+    return cache.ensure("kwok", cache.digest(*inputs), build)

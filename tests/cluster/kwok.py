@@ -20,10 +20,11 @@ def name_of(index: int) -> str:
 
 
 def program(plane: ControlPlane) -> Program:
-    """Return kwok, which plays the kubelets of the nodes that carry its mark, with its built-in stages."""
-    address = f"{LOOPBACK}:{settings.KWOK_PORT}"
+    """Return kwok, which plays the kubelets of the nodes that carry its mark."""
+    address, built = f"{LOOPBACK}:{settings.KWOK_PORT}", binaries.ensure_kwok()
     argv = (
-        binaries.ensure_kwok() / "kwok",
+        built / "kwok",
+        f"--config={built}/stages.yaml",
         f"--kubeconfig={plane.kubeconfig}",
         "--manage-all-nodes=false",
         f"--manage-nodes-with-annotation-selector={MARK}=fake",

@@ -13,16 +13,21 @@ from tests.e2e import kit
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def install(*values: str) -> None:
-    """Install or upgrade the chart and wait until the operator is ready."""
+def install(*values: str, root: Path = ROOT, tag: str = "") -> None:
+    """Install or upgrade the chart of the project in ``root`` and wait until the operator is ready."""
+    worker, _, worker_tag = kit.WORKER_IMAGE.rpartition(":")
+    images = {
+        "operator.image.repository": f"{worker.rpartition('/')[0]}/operator",
+        "operator.image.tag": tag or worker_tag,
+        "worker.image.repository": worker,
+        "worker.image.tag": tag or worker_tag,
+    }
     subprocess.run(
         [
-            *("helm", "upgrade", "--install", "pipelinejob", str(ROOT / "charts/pipelinejob")),
+            *("helm", "upgrade", "--install", "pipelinejob", str(root / "charts/pipelinejob")),
             *("--namespace", kit.OPERATOR_NAMESPACE, "--create-namespace", "--wait", "--timeout", "120s"),
-            *("--set", "operator.image.repository=localhost/pipelinejob/operator,operator.image.tag=dev"),
-            *("--set", f"worker.image.repository={kit.WORKER_IMAGE.rpartition(':')[0]}"),
-            *("--set", f"worker.image.tag={kit.WORKER_IMAGE.rpartition(':')[2]}"),
-            *(argument for value in values for argument in ("--set", value)),
+            *(f"--set={name}={value}" for name, value in images.items()),
+            *(f"--set={value}" for value in values),
         ],
         check=True,
         stdout=subprocess.DEVNULL,

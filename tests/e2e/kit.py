@@ -168,6 +168,16 @@ class Job:
         pods = self.namespace.list("pods", f"pipelinejob.dev/job={self.name}")
         return sorted(pods, key=lambda pod: pod["metadata"]["name"])
 
+    def identities(self) -> dict[str, tuple[str, int]]:
+        """UID and container restarts of each stage pod: they change when a pod is touched."""
+        return {
+            pod["metadata"]["name"]: (
+                pod["metadata"]["uid"],
+                sum(container["restartCount"] for container in pod["status"].get("containerStatuses", [])),
+            )
+            for pod in self.pods()
+        }
+
     def condition(self, kind: str) -> Object:
         """One condition; empty when it is not there."""
         found: Object = next((c for c in self.status.get("conditions", []) if c["type"] == kind), {})

@@ -1,7 +1,6 @@
 """A job trains, and its losses are those of one process, bit by bit, whatever happens to it."""
 
 from tests.e2e import kit
-from tests.e2e.conftest import install
 from tests.e2e.losses import undisturbed
 
 CHECKPOINT = {"volumeClaimName": "state", "everySteps": 10, "keep": 2}
@@ -10,17 +9,6 @@ CHECKPOINT = {"volumeClaimName": "state", "everySteps": 10, "keep": 2}
 def job(namespace: kit.Namespace, steps: int, stages: int = 2, **members: object) -> kit.Job:
     namespace.claim("state")
     return kit.Job(namespace, "train", kit.spec(stages, steps, checkpoint=CHECKPOINT, **members)).create()
-
-
-def uids(job: kit.Job) -> dict[str, tuple[str, int]]:
-    """UID and container restarts of each pod."""
-    return {
-        pod["metadata"]["name"]: (
-            pod["metadata"]["uid"],
-            sum(c["restartCount"] for c in pod["status"].get("containerStatuses", [])),
-        )
-        for pod in job.pods()
-    }
 
 
 def test_four_stages_have_the_losses_of_one_process(namespace: kit.Namespace) -> None:
@@ -76,11 +64,11 @@ def test_a_killed_pod_costs_a_restart_and_no_bit(namespace: kit.Namespace) -> No
 def test_a_killed_operator_changes_nothing(namespace: kit.Namespace) -> None:
     run = job(namespace, steps=400)
     run.wait_step(20)
-    before = uids(run)
+    before = run.identities()
     where = ("-n", kit.OPERATOR_NAMESPACE, "-l", "app.kubernetes.io/component=operator")
     kit.kubectl("delete", "pods", *where, "--grace-period=0", "--force")
     run.wait_succeeded()
-    assert uids(run) == before
+    assert run.identities() == before
     assert run.status["restarts"] == 0
     assert tuple(run.losses("state")) == undisturbed(400)
 
@@ -110,17 +98,3 @@ def test_deletion_leaves_no_object(namespace: kit.Namespace) -> None:
             seconds=60,
             dump=lambda kind=kind: kit.kubectl("get", kind, "-n", namespace.name, "-o", "yaml"),
         )
-
-
-def test_an_upgrade_of_the_operator_leaves_the_stages_alone(namespace: kit.Namespace) -> None:
-    run = job(namespace, steps=600)
-    run.wait_step(10)
-    before = uids(run)
-    install("operator.logLevel=DEBUG")
-    seen = run.step
-    run.wait_step(seen + 20)
-    assert uids(run) == before, "the new operator reads the old pods' status and touches none of them"
-    run.wait_succeeded()
-    assert uids(run) == before
-    assert run.status["restarts"] == 0
-    install()

@@ -62,31 +62,50 @@ class Draft:
     def gang(self, pods: Mapping[int, StagePod], progress: Progress | None) -> None:
         """Copy what the pods and an agent show."""
         old = {item.index: item for item in self._job.status.stages}
-        layers = {item.stage: item for item in (progress.stages if progress else ())}
         stages = []
         for index in range(self._job.spec.stages):
-            before, pod, timing = old.get(index, StageStatus(index=index)), pods.get(index), layers.get(index)
-            told = {"layers": timing.layers, "busy_percent": timing.busy_percent} if timing else {}
+            before, pod = old.get(index, StageStatus(index=index)), pods.get(index)
             shown = (
                 {"pod": pod.name, "node": pod.node, "state": stage_state(pod)}
                 if pod
                 else {"pod": "", "node": "", "state": "Pending"}
             )
-            stages.append(before.model_copy(update=shown | told))
+            stages.append(before.model_copy(update=shown))
         self.set(stages=stages, ready_stages=sum(pod.ready for pod in pods.values()))
         if progress:
-            self.set(progress=progress_status(progress))
+            self._progress(progress)
+
+    def _progress(self, progress: Progress) -> None:
+        """Copy how far the pipeline is, and where its stages' time went."""
+        timings = {item.stage: item for item in progress.stages}
+        self.set(
+            progress=progress_status(progress),
+            stages=[
+                item.model_copy(update={"layers": timing.layers, "busy_percent": timing.busy_percent})
+                if (timing := timings.get(item.index))
+                else item
+                for item in self._fields["stages"]
+            ],
+        )
 
     def last_words(self, pods: Iterable[StagePod]) -> None:
-        """Take over the step of stages that ended in good order: no agent is left to ask for it.
+        """Take over what stages said that ended in good order: no agent is left to ask.
 
         All stages end at the same step, and with a checkpoint of it where a volume is set.
         """
         in_order = (ExitCode.SUCCEEDED, ExitCode.DRAINED)
-        step = max((pod.ended.step for pod in pods if pod.ended and pod.ended.exit_code in in_order), default=0)
+        ends = [pod.ended for pod in pods if pod.ended and pod.ended.exit_code in in_order]
+        last = max(ends, key=lambda end: end.step, default=None)
         before: ProgressStatus = self._fields.get("progress", self._job.status.progress)
-        if not self._job.runs_agent or not step or step < before.step:
+        if not self._job.runs_agent or last is None or not last.step or last.step < before.step:
             return
+        if last.progress:
+            self._progress(last.progress)
+        else:
+            self.set(progress=self._by_step_alone(last.step, before))
+
+    def _by_step_alone(self, step: int, before: ProgressStatus) -> ProgressStatus:
+        """Conclude the progress from the step, which is all that agents of protocol 1 leave behind."""
         total = before.total_steps or self._job.spec.train.steps
         saved = step if self._job.spec.checkpoint.volume_claim_name else before.last_checkpoint_step
         told: dict[str, int] = {
@@ -97,7 +116,7 @@ class Draft:
         }
         if step == total:
             told["remaining_seconds"] = 0
-        self.set(progress=before.model_copy(update=told))
+        return before.model_copy(update=told)
 
     def failed_stage(self, failure: Failure, restarts_in_a_row: int) -> None:
         """Record the first failure and count it for its stage."""

@@ -15,7 +15,7 @@ from pipelinejob_operator.build.names import (
     STAGE_LABEL,
     STAGES_LABEL,
 )
-from pipelinejob_worker.protocol import WORKER_CONTAINER, ExitCode, Termination
+from pipelinejob_worker.protocol import WORKER_CONTAINER, ExitCode, Progress, Termination
 
 Manifest = dict[str, Any]
 """A Kubernetes object as the API server sends it."""
@@ -39,6 +39,8 @@ class Ended:
     message: str = ""
     step: int = 0
     log_tail: tuple[str, ...] = ()
+    progress: Progress | None = None
+    """Where the stage stood at its end; None for an agent of protocol 1, or without an agent."""
 
     @classmethod
     def read(cls, terminated: Manifest) -> "Ended":
@@ -51,7 +53,7 @@ class Ended:
             return cls(code, at, reason, "", 0, _tail(text.splitlines()))
         # The kubelet knows of an OOM kill, the agent does not; of all else the agent knows more.
         reason = reason if reason == "OOMKilled" else told.reason
-        return cls(code, at, reason, told.message, told.step, _tail(told.log_tail))
+        return cls(code, at, reason, told.message, told.step, _tail(told.log_tail), told.progress)
 
 
 def _tail(lines: Sequence[str]) -> tuple[str, ...]:

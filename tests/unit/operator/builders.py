@@ -84,7 +84,7 @@ def gated(stage: int, attempt: int = 0) -> StagePod:
 def ended(stage: int, exit_code: int, attempt: int = 0, at: datetime = NOW, **facts: Any) -> StagePod:
     """A pod whose worker container has ended."""
     told: dict[str, Any] = {"reason": "Error"}
-    told |= {key: facts.pop(key) for key in ("reason", "message", "step", "log_tail") if key in facts}
+    told |= {key: facts.pop(key) for key in ("reason", "message", "step", "log_tail", "progress") if key in facts}
     phase = "Failed" if exit_code else "Succeeded"
     end = Ended(exit_code, at, **told)
     return pod(stage, attempt, **({"phase": phase, "ready": False, "started": False, "ended": end} | facts))

@@ -17,7 +17,7 @@ from pipelinejob_operator.controller.observed import Refusal
 from pipelinejob_operator.controller.plan import Plan
 from pipelinejob_operator.policy.facts import Claim, Waiting
 from pipelinejob_operator.policy.reasons import Reason
-from pipelinejob_worker.protocol import AgentStatus, ExitCode, Membership, Progress
+from pipelinejob_worker.protocol import AgentStatus, ExitCode, Membership, Progress, StageTiming
 from tests.unit.operator.builders import (
     NOW,
     decide,
@@ -313,6 +313,21 @@ class TestEnd:
     def test_the_last_step_comes_from_the_stages_own_words(self) -> None:
         made = decide(running_job(), *(ended(stage, 0, step=200) for stage in range(3)))
         assert (made.status.summary.step, made.status.summary.progress) == ("200/200", "100%")
+
+    def test_the_whole_progress_comes_from_the_stages_own_words(self) -> None:
+        told = Progress(
+            step=200,
+            total_steps=200,
+            loss=1.25,
+            tokens_per_second=90,
+            last_checkpoint_step=150,
+            stages=(StageTiming(stage=1, busy_percent=70, layers="3-4"),),
+        )
+        ends = [ended(stage, 0, step=200, progress=told) for stage in range(3)]
+        status = decide(running_job(checkpoint={"volumeClaimName": "saves"}), *ends).status
+        assert (status.summary.loss, status.summary.tokens_per_second) == ("1.25", "90")
+        assert status.progress.last_checkpoint_step == 150, "the agent knows what was saved; nothing is concluded"
+        assert (status.stages[1].layers, status.stages[1].busy_percent) == ("3-4", 70)
 
     def test_a_finished_job_is_final(self) -> None:
         done = self.finished()

@@ -15,50 +15,47 @@ from pipelinejob_worker.protocol import (
 )
 from pipelinejob_worker.protocol.base import Wire
 
+MEMBERSHIP = {
+    "protocolVersion": 1,
+    "oldestReader": 1,
+    "epoch": 3,
+    "action": "Run",
+    "stage": 1,
+    "stages": 4,
+    "masterAddress": "10.0.0.1",
+    "masterPort": 29500,
+    "previousAddress": "10.0.0.1",
+    "nextAddress": "10.0.0.3",
+}
+PROGRESS = {
+    "step": 7,
+    "totalSteps": 20,
+    "loss": 2.5,
+    "tokensPerSecond": 900.5,
+    "bubblePercent": 30.0,
+    "bubbleLimitPercent": 27.3,
+    "remainingSeconds": 4.0,
+    "lastCheckpointStep": 5,
+    "stages": [{"stage": 0, "busyPercent": 70, "layers": "0-2"}],
+}
+STATUS = {
+    "protocolVersion": 1,
+    "oldestReader": 1,
+    "jobUid": "u",
+    "stage": 1,
+    "epoch": 3,
+    "state": "Running",
+    "layers": "3-4",
+    "progress": PROGRESS,
+}
+TERMINATION = {"stage": 1, "exitCode": 1, "reason": "Error", "message": "m", "step": 7, "logTail": ["a", "b"]}
+
 WRITTEN: dict[int, list[tuple[type[Wire], dict[str, Any]]]] = {
-    1: [
-        (
-            Membership,
-            {
-                "protocolVersion": 1,
-                "oldestReader": 1,
-                "epoch": 3,
-                "action": "Run",
-                "stage": 1,
-                "stages": 4,
-                "masterAddress": "10.0.0.1",
-                "masterPort": 29500,
-                "previousAddress": "10.0.0.1",
-                "nextAddress": "10.0.0.3",
-            },
-        ),
-        (
-            AgentStatus,
-            {
-                "protocolVersion": 1,
-                "oldestReader": 1,
-                "jobUid": "u",
-                "stage": 1,
-                "epoch": 3,
-                "state": "Running",
-                "layers": "3-4",
-                "progress": {
-                    "step": 7,
-                    "totalSteps": 20,
-                    "loss": 2.5,
-                    "tokensPerSecond": 900.5,
-                    "bubblePercent": 30.0,
-                    "bubbleLimitPercent": 27.3,
-                    "remainingSeconds": 4.0,
-                    "lastCheckpointStep": 5,
-                    "stages": [{"stage": 0, "busyPercent": 70, "layers": "0-2"}],
-                },
-            },
-        ),
-        (
-            Termination,
-            {"stage": 1, "exitCode": 1, "reason": "WorkerFailed", "message": "m", "step": 7, "logTail": ["a", "b"]},
-        ),
+    1: [(Membership, MEMBERSHIP), (AgentStatus, STATUS), (Termination, TERMINATION)],
+    2: [
+        (Membership, MEMBERSHIP | {"protocolVersion": 2}),
+        (AgentStatus, STATUS | {"protocolVersion": 2}),
+        (Termination, TERMINATION | {"progress": PROGRESS}),
     ],
 }
 

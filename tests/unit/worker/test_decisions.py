@@ -9,7 +9,7 @@ from pipelinejob_worker.agent.pod_info import newer_membership
 from pipelinejob_worker.agent.settings import from_environment
 from pipelinejob_worker.agent.status_server import metrics
 from pipelinejob_worker.errors import ConfigurationError
-from pipelinejob_worker.protocol import AgentStatus, ExitCode, Membership, Progress, Termination
+from pipelinejob_worker.protocol import AgentStatus, ExitCode, Membership, Progress, StageTiming, Termination
 
 
 def text(epoch: int, **members: object) -> str:
@@ -44,17 +44,26 @@ def test_progress_decides_whether_exit_code_0_is_success() -> None:
 
 def test_the_termination_message_fits_and_keeps_the_newest_lines() -> None:
     tail = [f"{number} " + "ü" * 300 for number in range(32)]
-    content = termination(1, Ending(1, "Error", "\x00" * 5000), 7, tail)
+    content = termination(1, Ending(1, "Error", "\x00" * 5000), Progress(step=7), tail)
     message = Termination.model_validate_json(content)
     assert len(content) <= 4096
     assert (message.stage, message.exit_code, message.reason, message.step) == (1, 1, "Error", 7)
 
-    content = termination(1, Ending(1, "Error", "short"), 7, tail)
+    content = termination(1, Ending(1, "Error", "short"), Progress(step=7), tail)
     message = Termination.model_validate_json(content)
     assert len(content) <= 4096
     assert message.message == "short"
     assert list(message.log_tail) == tail[-len(message.log_tail) :]
     assert len(message.log_tail) >= 5
+
+
+def test_the_termination_message_holds_the_progress_and_of_few_stages_the_timings() -> None:
+    for stages, kept in ((4, 4), (512, 0)):
+        timings = tuple(StageTiming(stage=stage, busy_percent=50, layers="0-2") for stage in range(stages))
+        progress = Progress(step=7, loss=1.5, stages=timings)
+        message = Termination.model_validate_json(termination(1, Ending(0, "Succeeded", ""), progress, ["x" * 300] * 8))
+        assert message.progress is not None
+        assert (message.progress.loss, len(message.progress.stages), len(message.log_tail)) == (1.5, kept, 8)
 
 
 def test_metrics_leave_out_what_is_not_known() -> None:

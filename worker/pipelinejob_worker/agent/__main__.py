@@ -11,7 +11,7 @@ from pipelinejob_worker.agent.settings import Settings, from_environment
 from pipelinejob_worker.agent.supervisor import supervise, write_termination
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.logs import configure
-from pipelinejob_worker.protocol import ExitCode
+from pipelinejob_worker.protocol import ExitCode, Progress
 
 log = structlog.get_logger()
 
@@ -35,7 +35,7 @@ def run(settings: Settings) -> int:
     except Exception as error:
         log.exception("agent failed")
         reached = Ending(1, type(error).__name__, f"the agent failed: {error}")
-        write_termination(settings, termination(settings.stage, reached, 0, []))
+        write_termination(settings, termination(settings.stage, reached, Progress(), []))
         return reached.code
 
 

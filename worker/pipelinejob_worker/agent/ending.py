@@ -9,6 +9,9 @@ from pipelinejob_worker.protocol import TERMINATION_LIMIT_BYTES, ExitCode, Progr
 
 MESSAGE_CHARACTERS = 1024
 
+TIMINGS = 16
+"""Stages whose timings still leave room for the log."""
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -44,17 +47,22 @@ def of_worker(code: int, failure: Failed | None, progress: Progress) -> Ending:
     return Ending(code, "Succeeded", f"all {progress.total_steps} steps are done")
 
 
-def termination(stage: int, ending: Ending, step: int, tail: Sequence[str]) -> bytes:
-    """Render the termination message; the oldest lines of ``tail`` that do not fit the limit are dropped."""
+def termination(stage: int, ending: Ending, progress: Progress, tail: Sequence[str]) -> bytes:
+    """Render the termination message; what does not fit the limit is dropped: the timings of the other stages first,
+    then the oldest lines of ``tail``.
+    """
     message = ending.message[:MESSAGE_CHARACTERS]
     lines = list(tail)
+    if len(progress.stages) > TIMINGS:
+        progress = progress.model_copy(update={"stages": ()})
     while True:
         rendered = Termination(
             stage=stage,
             exit_code=ending.code,
             reason=ending.reason,
             message=message,
-            step=step,
+            step=progress.step,
+            progress=progress,
             log_tail=lines,
         )
         content = rendered.to_json().encode()

@@ -74,7 +74,7 @@ class Supervisor:
 
     def termination(self, reached: Ending) -> bytes:
         """The termination message for the kubelet."""
-        return ending.termination(self._settings.stage, reached, self._progress.step, list(self._worker.tail))
+        return ending.termination(self._settings.stage, reached, self._progress, list(self._worker.tail))
 
     async def _until_worker_ends(self) -> Ending:
         async for event in self._worker.events():

@@ -2,7 +2,7 @@
 
 from enum import IntEnum, StrEnum
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Version of what this release writes; it grows when a member is added, or changes its meaning."""
 
 OLDEST_READER = max(1, PROTOCOL_VERSION - 1)

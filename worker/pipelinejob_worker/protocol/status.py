@@ -56,4 +56,5 @@ class Termination(Wire):
     reason: str
     message: str = ""
     step: int = 0
+    progress: Progress | None = Field(None, description="Where it stood at its end; since protocol 2.")
     log_tail: tuple[str, ...] = ()

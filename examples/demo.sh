@@ -19,6 +19,9 @@ source tests/cluster/use.sh
 helm upgrade --install pipelinejob charts/pipelinejob --namespace pipelinejob-system --create-namespace --wait \
     --set "operator.image.repository=$repository/operator,operator.image.tag=${IMAGE_TAG:-dev}" \
     --set "worker.image.repository=$repository/worker,worker.image.tag=${IMAGE_TAG:-dev}" > /dev/null
+# Where it ran before, the tag may name another image by now.
+kubectl rollout restart deployment/pipelinejob --namespace pipelinejob-system > /dev/null
+kubectl rollout status deployment/pipelinejob --namespace pipelinejob-system --timeout 120s > /dev/null
 
 kubectl delete pipelinejob tiny-gpt --ignore-not-found
 if kubectl get nodes -o jsonpath='{.items[*].status.allocatable}' | grep -q nvidia.com/gpu; then

@@ -40,6 +40,10 @@ def operator() -> None:
     if not os.environ.get("KUBECONFIG"):
         pytest.exit("tests/e2e: KUBECONFIG is not set; run `make test-e2e`, which starts a cluster, or set it", 2)
     install()
+    # On a cluster that ran before, the tag may name another image than it did: start the operator anew.
+    where = ("-n", kit.OPERATOR_NAMESPACE, "deployment/pipelinejob")
+    kit.kubectl("rollout", "restart", *where)
+    kit.kubectl("rollout", "status", *where, "--timeout=120s")
 
 
 @pytest.fixture

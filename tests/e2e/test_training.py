@@ -23,6 +23,9 @@ def test_four_stages_have_the_losses_of_one_process(namespace: kit.Namespace) ->
     assert tuple(losses) == undisturbed(150)
     assert losses[-1] < 0.7 * losses[0]
 
+    phases = [pod["status"]["phase"] for pod in run.pods() if not pod["metadata"].get("deletionTimestamp")]
+    assert len(phases) == 4, "pods that ended stay, and with them their logs"
+
     status = run.status
     assert status["summary"] | {"loss": "", "tokensPerSecond": "", "bubble": ""} == {
         "state": "Succeeded",

@@ -98,6 +98,8 @@ class StagePod:
     ended: Ended | None = None
     waiting: Waiting | None = None
     started: bool = False
+    active: bool = True
+    """Whether a container of it, ours or the user's, may still run; the phase says so only seconds later."""
 
     @property
     def terminating(self) -> bool:
@@ -144,7 +146,17 @@ class StagePod:
             ended=Ended.read(state["terminated"]) if "terminated" in state else None,
             waiting=_waiting(status),
             started="running" in state,
+            active=_active(status),
         )
+
+
+def _active(status: Manifest) -> bool:
+    """Whether the pod is not over: it has a container that is not terminated, or none was made yet."""
+    if status.get("phase") in ("Succeeded", "Failed"):
+        return False
+    states = [item.get("state", {}) for item in status.get("containerStatuses", [])]
+    sidecars = [item.get("state", {}) for item in status.get("initContainerStatuses", [])]
+    return not states or not all("terminated" in state for state in [*states, *sidecars])
 
 
 def _waiting(status: Manifest) -> Waiting | None:

@@ -15,7 +15,7 @@ def pods_to_delete(spec: Spec, pods: Iterable[StagePod]) -> list[StagePod]:
         case "All":
             return [pod for pod in pods if not pod.terminating]
         case "Running":
-            return [pod for pod in pods if not pod.terminating and pod.phase not in ("Succeeded", "Failed")]
+            return [pod for pod in pods if not pod.terminating and pod.active]
 
 
 def delete_at(spec: Spec, status: Status) -> datetime | None:

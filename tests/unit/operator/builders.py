@@ -87,7 +87,9 @@ def ended(stage: int, exit_code: int, attempt: int = 0, at: datetime = NOW, **fa
     told |= {key: facts.pop(key) for key in ("reason", "message", "step", "log_tail", "progress") if key in facts}
     phase = "Failed" if exit_code else "Succeeded"
     end = Ended(exit_code, at, **told)
-    return pod(stage, attempt, **({"phase": phase, "ready": False, "started": False, "ended": end} | facts))
+    return pod(
+        stage, attempt, **({"phase": phase, "ready": False, "started": False, "active": False, "ended": end} | facts)
+    )
 
 
 def leaving(some: StagePod) -> StagePod:

@@ -1,13 +1,13 @@
 """The rules, one table each."""
 
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from pipelinejob_operator.api.v1alpha1 import FirstFailure, Recovery, Spec
 from pipelinejob_operator.policy import acceptance, failure, restart
-from pipelinejob_operator.policy.facts import Claim, Ended, Failure, StagePod
+from pipelinejob_operator.policy.facts import Claim, Ended, Failure, Manifest, StagePod
 from pipelinejob_operator.policy.reasons import ConditionType, Reason
 from pipelinejob_worker.protocol import ExitCode, Termination
 from tests.unit.operator.builders import NOW, ended, leaving, manifest, pod, seconds
@@ -228,6 +228,35 @@ class TestEnded:
         found = Ended.read({"exitCode": 1, "message": "\n".join(["x" * 5000] * 100)})
         assert len(found.log_tail) == 32
         assert max(map(len, found.log_tail)) == 1024
+
+
+class TestActive:
+    """A finished job's pods keep their logs; those that may still hold a GPU go."""
+
+    ENDED: ClassVar = {"state": {"terminated": {"exitCode": 0}}}
+    RUNS: ClassVar = {"state": {"running": {}}}
+
+    @pytest.mark.parametrize(
+        ("phase", "containers", "sidecars", "active"),
+        [
+            ("Running", [RUNS], [], True),
+            ("Running", [ENDED], [], False),  # its phase becomes Succeeded within seconds
+            ("Running", [ENDED, RUNS], [], True),
+            ("Running", [ENDED], [RUNS], True),
+            ("Pending", [], [], True),
+            ("Pending", [{"state": {"waiting": {"reason": "ImagePullBackOff"}}}], [], True),
+            ("Succeeded", [ENDED], [], False),
+            ("Failed", [], [], False),
+        ],
+    )
+    def test_containers_say_it_before_the_phase(
+        self, phase: str, containers: list[Manifest], sidecars: list[Manifest], active: bool
+    ) -> None:
+        labels = {"pipelinejob.dev/stage": "0", "pipelinejob.dev/stages": "1", "pipelinejob.dev/attempt": "0"}
+        named = [{"name": f"c{number}", **status} for number, status in enumerate(containers)]
+        status = {"phase": phase, "containerStatuses": named, "initContainerStatuses": sidecars}
+        some = {"metadata": {"name": "tiny-s0-a0", "uid": "u", "labels": labels}, "status": status}
+        assert StagePod.read(some).active is active
 
 
 @pytest.mark.parametrize("kind", [ConditionType, Reason])

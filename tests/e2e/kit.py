@@ -118,6 +118,8 @@ def namespace(name: str, labels: dict[str, str] | None = None) -> Iterator[Names
     kubectl("delete", "namespace", name, "--ignore-not-found")
     apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels or {}}})
     try:
+        account = ("serviceaccount", "default", "-n", name, "--ignore-not-found")
+        wait_for(f"namespace {name} has its service account", lambda: kubectl("get", *account), 30)
         yield Namespace(name)
     finally:
         kubectl("delete", "namespace", name, "--wait=false")

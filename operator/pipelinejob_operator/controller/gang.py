@@ -98,8 +98,7 @@ def _no_image(pod: StagePod) -> str:
     assert pod.waiting is not None
     return (
         f"stage {pod.stage} on node {pod.node} cannot pull image {pod.waiting.image} ({pod.waiting.reason}: "
-        f"{pod.waiting.message}); check the image's name in spec.template, that the node reaches the "
-        "registry, and "
+        f"{pod.waiting.message}); check the image's name in spec.template, that the node reaches the registry, and "
         "imagePullSecrets"
     )
 

@@ -48,10 +48,8 @@ def enough_layers(case: Case) -> Verdict | None:
     most = preset.layers + EXTRA_MODULES
     return Verdict(
         Reason.TOO_FEW_LAYERS,
-        f"spec.stages: {case.spec.stages} stages for a model of {preset.layers} layers (with embedding and "
-        "head "
-        f"{most} parts); allowed: at most {most} stages; lower spec.stages, or give spec.model.preset more "
-        "layers",
+        f"spec.stages: {case.spec.stages} stages for a model of {preset.layers} layers (with embedding and head {most} "
+        f"parts); allowed: at most {most} stages; lower spec.stages, or give spec.model.preset more layers",
     )
 
 

@@ -60,7 +60,7 @@ def test_a_stage_waits_for_its_membership_then_runs_then_drains(tmp_path: Path) 
         progress = until(lambda: (status := stage.status()) and status.progress.step and status.progress)
         assert (progress.step, progress.total_steps, progress.loss) == (3, 12, 2.5)
         metrics = stage.get("/metrics")[1]
-        assert 'pipelinejob_loss{stage="0"} 2.5\n' in metrics
+        assert 'pipelinejob_stage_loss{stage="0"} 2.5\n' in metrics
         assert 'pipelinejob_stage_busy_ratio{stage="0"} 0.71\n' in metrics
         assert "tokens_per_second" not in metrics, "what is not known is not shown"
 

@@ -69,9 +69,9 @@ def test_the_termination_message_holds_the_progress_and_of_few_stages_the_timing
 def test_metrics_leave_out_what_is_not_known() -> None:
     status = AgentStatus(job_uid="u", stage=1, epoch=3, state="Running", progress=Progress(step=5, total_steps=9))
     lines = metrics(status).splitlines()
-    assert 'pipelinejob_running{stage="1"} 1.0' in lines
-    assert 'pipelinejob_epoch{stage="1"} 3' in lines
-    assert 'pipelinejob_step{stage="1"} 5' in lines
+    assert 'pipelinejob_stage_running{stage="1"} 1.0' in lines
+    assert 'pipelinejob_stage_epoch{stage="1"} 3' in lines
+    assert 'pipelinejob_stage_step{stage="1"} 5' in lines
     assert not [line for line in lines if "loss" in line or "bubble" in line or "busy" in line]
 
 

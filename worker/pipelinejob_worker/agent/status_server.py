@@ -50,16 +50,16 @@ def metrics(status: AgentStatus) -> str:
     progress = status.progress
     busy = [timing.busy_percent for timing in progress.stages if timing.stage == status.stage]
     gauges: list[tuple[str, str, float | None]] = [
-        ("pipelinejob_running", "Whether the stage trains in its group.", float(status.state == "Running")),
-        ("pipelinejob_epoch", "Epoch of the membership that the stage obeys.", status.epoch),
-        ("pipelinejob_step", "Finished optimizer steps.", progress.step),
-        ("pipelinejob_total_steps", "Optimizer steps of the whole job.", progress.total_steps),
-        ("pipelinejob_last_checkpoint_step", "Step of the newest checkpoint.", progress.last_checkpoint_step),
-        ("pipelinejob_loss", "Loss of the last finished step.", progress.loss),
-        ("pipelinejob_tokens_per_second", "Tokens trained in a second.", progress.tokens_per_second),
-        ("pipelinejob_bubble_ratio", "Idle share of all stages.", _ratio(progress.bubble_percent)),
+        ("pipelinejob_stage_running", "Whether the stage trains in its group.", float(status.state == "Running")),
+        ("pipelinejob_stage_epoch", "Epoch of the membership that the stage obeys.", status.epoch),
+        ("pipelinejob_stage_step", "Finished optimizer steps.", progress.step),
+        ("pipelinejob_stage_total_steps", "Optimizer steps of the whole job.", progress.total_steps),
+        ("pipelinejob_stage_last_checkpoint_step", "Step of the newest checkpoint.", progress.last_checkpoint_step),
+        ("pipelinejob_stage_loss", "Loss of the last finished step.", progress.loss),
+        ("pipelinejob_stage_tokens_per_second", "Tokens trained in a second.", progress.tokens_per_second),
+        ("pipelinejob_stage_bubble_ratio", "Idle share of all stages.", _ratio(progress.bubble_percent)),
         (
-            "pipelinejob_bubble_limit_ratio",
+            "pipelinejob_stage_bubble_limit_ratio",
             "Idle share that the schedule allows at best.",
             _ratio(progress.bubble_limit_percent),
         ),

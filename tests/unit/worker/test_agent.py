@@ -193,11 +193,21 @@ def test_an_impossible_membership_is_a_final_failure(tmp_path: Path, text: str, 
         assert message in stage.termination.message
 
 
-def test_an_impossible_configuration_is_a_final_failure(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"job": "small"}', "jobUid"),
+        (
+            '{"oldestReader": 99, "train": "of an unknown kind"}',
+            "configuration: needs protocol 99 or newer",
+        ),
+    ],
+)
+def test_an_impossible_configuration_is_a_final_failure(tmp_path: Path, text: str, message: str) -> None:
     with pod(tmp_path, IGNORE) as stage:
-        stage.write("config", '{"job": "small"}')
+        stage.write("config", text)
         assert stage.exit_code() == ExitCode.CONFIGURATION
-        assert "jobUid" in stage.termination.message
+        assert message in stage.termination.message
 
 
 def test_an_agent_that_cannot_serve_says_so(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-
-from pydantic import ValidationError
+from typing import TypeVar
 
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.protocol import (
@@ -20,19 +19,18 @@ from pipelinejob_worker.protocol import (
     WorkerConfig,
 )
 
+Document = TypeVar("Document", WorkerConfig, Membership)
+
 POLL_SECONDS = 0.2
 LIMIT_BYTES = 1 << 20
 """Nothing here can be longer: annotations of a pod have 256 KiB in all."""
 
 
 async def config(directory: Path) -> WorkerConfig:
-    """Wait for the configuration and return it. Raises ConfigurationError when it is not valid."""
+    """Wait for the configuration and return it. Raises ConfigurationError as ``parse`` does."""
     while not (text := _read(directory / CONFIG_FILE)):  # noqa: ASYNC110 - a file tells nobody that it has come
         await asyncio.sleep(POLL_SECONDS)
-    try:
-        return WorkerConfig.model_validate_json(text)
-    except ValidationError as error:
-        raise ConfigurationError(f"the job's configuration is not valid: {_one_line(error)}") from error
+    return parse(WorkerConfig, "configuration", text)
 
 
 async def memberships(directory: Path, stage: int) -> AsyncIterator[Membership]:
@@ -49,20 +47,11 @@ async def memberships(directory: Path, stage: int) -> AsyncIterator[Membership]:
 def newer_membership(text: str, stage: int, seen_epoch: int) -> Membership | None:
     """Return the membership that ``text`` holds, or None when it is empty or not newer than ``seen_epoch``.
 
-    Raises ConfigurationError when it is not JSON of a supported version, or is of another stage.
+    Raises ConfigurationError as ``parse`` does, or when it is of another stage.
     """
     if not text.strip():
         return None
-    try:
-        oldest = json.loads(text)["oldestReader"]
-        if oldest > PROTOCOL_VERSION:
-            raise ConfigurationError(
-                f"membership: needs protocol {oldest} or newer; this worker image has {PROTOCOL_VERSION}; use one of "
-                "the operator's release"
-            )
-        membership = Membership.model_validate_json(text)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(f"membership: not valid: {_one_line(error)}") from error
+    membership = parse(Membership, "membership", text)
     if membership.epoch <= seen_epoch:
         return None
     if membership.stage != stage:
@@ -71,6 +60,24 @@ def newer_membership(text: str, stage: int, seen_epoch: int) -> Membership | Non
             "the operator makes a new one"
         )
     return membership
+
+
+def parse(kind: type[Document], what: str, text: str) -> Document:
+    """Read a document of the operator's.
+
+    Raises ConfigurationError when it is not valid, or is too new for this image: what is not understood must not be
+    left out in silence.
+    """
+    try:
+        oldest = json.loads(text).get("oldestReader", 1)
+        if oldest > PROTOCOL_VERSION:
+            raise ConfigurationError(
+                f"{what}: needs protocol {oldest} or newer; this worker image has {PROTOCOL_VERSION}; use one of the "
+                "operator's release"
+            )
+        return kind.model_validate_json(text)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigurationError(f"{what}: not valid: {_one_line(error)}") from error
 
 
 def _read(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from pipelinejob_worker.protocol.base import Wire
+from pipelinejob_worker.protocol.environment import PROTOCOL_VERSION
 
 Decimal = Annotated[str, Field(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$")]
 """A non-negative number as a string: the Kubernetes API conventions allow no floats."""
@@ -137,8 +138,14 @@ class Checkpoint(Wire):
 
 
 class WorkerConfig(Wire):
-    """What the operator hands to every stage of a job, unchanged between restarts."""
+    """What the operator hands to every stage of a job, unchanged between restarts.
 
+    ``oldest_reader`` is the oldest version whose workers know all that this job uses: a feature that is newer must
+    raise it, or an older image would train without the feature and say nothing.
+    """
+
+    protocol_version: int = PROTOCOL_VERSION
+    oldest_reader: int = 1
     job: str
     job_uid: str
     model: Model

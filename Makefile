@@ -42,8 +42,7 @@ lint: $(VENV)/complete ## Check style, types, the arrows between the parts, and 
 	$(VENV)/bin/ruff format --check $(SOURCES)
 	$(VENV)/bin/mypy operator/pipelinejob_operator worker/pipelinejob_worker tests/cluster tools
 	$(VENV)/bin/lint-imports
-	$(PYTHON) -m pipelinejob_operator.api.generate --check
-	$(PYTHON) -m tools.docs --check
+	$(PYTHON) -m tools.generate --check
 
 .PHONY: test-unit
 test-unit: $(VENV)/complete ## Run the tests that need no cluster.
@@ -85,8 +84,7 @@ format: $(VENV)/complete ## Format the code and mend what ruff can.
 
 .PHONY: generate
 generate: $(VENV)/complete ## Write the CRD, the chart's generated files and the reference pages anew.
-	$(PYTHON) -m pipelinejob_operator.api.generate
-	$(PYTHON) -m tools.docs
+	$(PYTHON) -m tools.generate
 
 .PHONY: lock
 lock: ## Resolve the dependencies anew and write locks/.

@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple, Self
 ConditionStatus = Literal["True", "False", "Unknown"]
 
 
-class ConditionType(StrEnum):
-    """The conditions of a PipelineJob; all are present from the operator's first visit."""
+class _Meaningful(StrEnum):
+    """An enum whose members are given as value and meaning."""
 
     def __new__(cls, value: str, meaning: str = "") -> Self:
         """Attach the meaning as the member's docstring."""
@@ -15,6 +15,10 @@ class ConditionType(StrEnum):
         member._value_ = value
         member.__doc__ = meaning
         return member
+
+
+class ConditionType(_Meaningful):
+    """The conditions of a PipelineJob; all are present from the operator's first visit."""
 
     ACCEPTED = "Accepted", "The spec can run; False names the field and the cure, and nothing runs."
     PLACED = "Placed", "Every stage pod of the present attempt exists and has a node."
@@ -23,15 +27,8 @@ class ConditionType(StrEnum):
     SUCCEEDED = "Succeeded", "Unknown while the job is active; True or False is final."
 
 
-class Reason(StrEnum):
+class Reason(_Meaningful):
     """Why a condition has its status."""
-
-    def __new__(cls, value: str, meaning: str = "") -> Self:
-        """Attach the meaning as the member's docstring."""
-        member = str.__new__(cls, value)
-        member._value_ = value
-        member.__doc__ = meaning
-        return member
 
     # Accepted
     VALID = "Valid", "Every rule is met."

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipelinejob_operator.api import crd
-from pipelinejob_operator.api.generate import ROOT, stale
+from tools.generate import ROOT, stale
 
 RULES = "x-kubernetes-validations"
 

@@ -1,6 +1,6 @@
 """Write every file that is made from the models, or with ``--check`` say which ones are stale.
 
-python -m pipelinejob_operator.api.generate [--check]
+python -m tools.generate [--check]
 """
 
 import sys
@@ -9,8 +9,9 @@ from pathlib import Path
 import yaml
 
 from pipelinejob_operator.api import chart, crd, reference, v1alpha1
+from tools import conditions
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[1]
 CHART = Path("charts/pipelinejob")
 
 HEADER = "# Generated from the API models by `make generate`; do not edit.\n"
@@ -49,6 +50,7 @@ def files() -> dict[Path, str]:
         CHART / "values.schema.json": chart.values_schema(),
         CHART / "README.md": chart.readme(),
         Path("docs/reference/api.md"): reference.page(crd.structural_schema()),
+        Path("docs/reference/conditions.md"): conditions.page(),
     }
 
 
@@ -60,7 +62,7 @@ def chart_crd(text: str) -> str:
 
 
 def stale(root: Path = ROOT) -> list[Path]:
-    """Return the generated files that do not hold what the models say."""
+    """Return the generated files that do not hold what the code says."""
     return [path for path, text in files().items() if not (root / path).exists() or (root / path).read_text() != text]
 
 

@@ -1,15 +1,7 @@
-"""Write the pages of the documentation that are made from the code, or with ``--check`` say which are stale.
-
-python -m tools.docs [--check]
-"""
-
-import sys
-from pathlib import Path
+"""The reference page of conditions, reasons and states, made from the enums that the operator uses. Pure."""
 
 from pipelinejob_operator.controller.transitions import GOOD, QUIET
 from pipelinejob_operator.policy.reasons import ConditionType, Reason
-
-ROOT = Path(__file__).resolve().parents[1]
 
 CONDITIONS = """\
 # Conditions, reasons and states
@@ -57,12 +49,7 @@ The column STATE of `kubectl get pj` is one word made from the conditions, for p
 """
 
 
-def files() -> dict[Path, str]:
-    """Return the content of each generated page by its path in the project."""
-    return {Path("docs/reference/conditions.md"): conditions_page()}
-
-
-def conditions_page() -> str:
+def page() -> str:
     """Render the page of all conditions and reasons; raises ValueError for one that has no meaning."""
     return CONDITIONS.format(
         conditions="\n".join(f"| `{kind}` | {_meaning(kind)} |" for kind in ConditionType),
@@ -80,24 +67,3 @@ def _event(reason: Reason) -> str:
     if reason in QUIET:
         return ""
     return "Normal" if reason in GOOD else "Warning"
-
-
-def stale(root: Path = ROOT) -> list[Path]:
-    """Return the generated pages that do not hold what the code says."""
-    return [path for path, text in files().items() if not (root / path).exists() or (root / path).read_text() != text]
-
-
-def main() -> None:
-    """Write the pages, or check them."""
-    old = stale()
-    if "--check" in sys.argv[1:]:
-        if old:
-            sys.exit(f"stale: {', '.join(map(str, old))}; run `make generate`")
-        return
-    for path in old:
-        (ROOT / path).write_text(files()[path])
-        print(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,8 @@ INTRODUCTION = """\
 
 Generated from the API models by `make generate`; do not edit. `kubectl explain pj.spec` prints the same.
 Changes to `stages`, `checkpoint`, `recovery`, `suspend`, `activeDeadlineSeconds`, `ttlSecondsAfterFinished` and
-`podCleanupPolicy` are taken while the job runs; all other fields cannot change.
+`podCleanupPolicy` are taken while the job runs, `checkpoint` with the stages' next pods; all other fields
+cannot change.
 """
 
 

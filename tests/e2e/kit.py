@@ -216,6 +216,10 @@ class Job:
         mine = [e for e in found if (e.get("involvedObject") or e.get("regarding"))["name"] == self.name]
         return [e["reason"] for e in sorted(mine, key=lambda e: str(e["metadata"]["creationTimestamp"]))]
 
+    def wait_events(self, *reasons: str) -> None:
+        """Wait for Events with these reasons: they follow the status that they tell of."""
+        wait_for(f"Events {reasons}", lambda: set(reasons) <= set(self.events()), 30, self.describe)
+
     def losses(self, claim: str) -> list[float]:
         """The loss of every step, from the history beside the checkpoints."""
         lines = [json.loads(line) for line in self.namespace.read(claim, "history.jsonl").splitlines()]

@@ -40,7 +40,7 @@ def test_a_stage_that_always_fails_ends_the_job_and_is_named(namespace: kit.Name
         assert part in failed["message"]
     assert run.status["summary"]["state"] == "Failed"
     assert run.status["restarts"] == 1
-    assert {"Restarting", "RestartBudgetSpent"} <= set(run.events())
+    run.wait_events("Restarting", "RestartBudgetSpent")
     kit.wait_for(
         "no stage is left running",
         lambda: all(pod["status"]["phase"] in ("Failed", "Succeeded") for pod in run.pods()),

@@ -41,7 +41,7 @@ def test_four_stages_have_the_losses_of_one_process(namespace: kit.Namespace) ->
     assert status["restarts"] == 0
     assert [stage["index"] for stage in status["stages"]] == [0, 1, 2, 3]
     assert all(stage["node"] and stage["layers"] for stage in status["stages"])
-    assert {"Valid", "AllStagesPlaced", "AllStagesReady", "AllStagesSucceeded"} <= set(run.events())
+    run.wait_events("Valid", "AllStagesPlaced", "AllStagesReady", "AllStagesSucceeded")
 
 
 def test_gpipe_has_the_same_losses(namespace: kit.Namespace) -> None:

@@ -90,8 +90,16 @@ async def test_a_job_runs_shows_its_progress_and_succeeds(
         assert job["status"]["completionTime"]
         assert len(await api.pods(namespace)) == 3, "the default policy keeps pods that have ended"
 
-        reasons = {event["reason"] for event in await api.items(EVENTS, namespace)}
-        assert {"Valid", "AllStagesPlaced", "AllStagesReady", "AllStagesSucceeded"} <= reasons
+        await event_reasons(api, namespace, {"Valid", "AllStagesPlaced", "AllStagesReady", "AllStagesSucceeded"})
+
+
+async def event_reasons(api: Api, namespace: str, wanted: set[str]) -> list[str]:
+    """Reasons of all Events, once the wanted ones are among them: they follow the status that they tell of."""
+    events = await eventually(
+        lambda: api.items(EVENTS, namespace),
+        lambda events: wanted <= {event["reason"] for event in events},
+    )
+    return [event["reason"] for event in events]
 
 
 def all_of_attempt(attempt: int, pods: list[Manifest]) -> bool:
@@ -168,6 +176,6 @@ async def test_a_failed_stage_restarts_the_gang_until_the_budget_is_spent(
         for word in ("stage 1", "node-1", "exit code 1", "loss is NaN", "Traceback | x", "1 restarts within 3600 s"):
             assert word in message(job, "Succeeded")
         assert [stage["restarts"] for stage in job["status"]["stages"]] == [0, 2, 0]
-        reasons = [event["reason"] for event in await api.items(EVENTS, namespace)]
+        reasons = await event_reasons(api, namespace, {"RestartBudgetSpent"})
         assert reasons.count("Restarting") == 1
         assert reasons.count("RestartBudgetSpent") == 1

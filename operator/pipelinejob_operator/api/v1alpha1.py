@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from pipelinejob_worker.protocol import Checkpoint, Env, Model, Train
+from pipelinejob_worker.protocol import Checkpoint, Env, Model, Partition, Train
 from pipelinejob_worker.protocol.base import Wire
-from pipelinejob_worker.protocol.job import cel, rule
+from pipelinejob_worker.protocol.rules import cel, rule
 
 GROUP = "pipelinejob.dev"
 VERSION = "v1alpha1"
@@ -20,13 +20,14 @@ PLURAL = "pipelinejobs"
 SHORT_NAME = "pj"
 
 MAX_STAGES = 512
+MAX_PIPELINES = 64
 MAX_NAME = 40
 """Pod names add stage and attempt to it, and must stay DNS labels."""
 
 RESERVED_ENV = sorted(Env)
 """Environment names that the operator sets, so a template may not."""
 
-_IMMUTABLE = ("mode", "model", "train", "template", "gpu", "placement", "network")
+_IMMUTABLE = ("mode", "model", "train", "partition", "template", "gpu", "placement", "network")
 
 LabelKey = Annotated[str, Field(min_length=1, max_length=316)]
 
@@ -37,6 +38,17 @@ def _immutable(field: str) -> dict[str, str]:
         f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})",
         "'cannot change after creation; delete the job and create it anew'",
         "FieldValueForbidden",
+    )
+
+
+def _microbatches(schedules: str, holds: str, message: str, *values: str) -> dict[str, str]:
+    """Say what a schedule demands of the microbatches of one pipeline; ``values`` are those in the message."""
+    share = "(self.train.microbatches / self.pipelines)"
+    return rule(
+        ".train.microbatches",
+        f"self.stages > {MAX_STAGES} || !(self.train.schedule.name in {schedules}) || {holds.format(share=share)}",
+        f"(self.pipelines == 1 ? '%d ' : '%d a pipeline ').format([{share}]) + "
+        f"'{message}'.format([{', '.join(values)}])",
     )
 
 
@@ -156,10 +168,40 @@ class Spec(Wire):
         json_schema_extra=cel(
             rule(
                 ".train.microbatches",
-                f"self.stages > {MAX_STAGES} || self.train.schedule.name != '1F1B' "
-                "|| self.train.microbatches >= self.stages",
-                "'%d is too few for schedule 1F1B on %d stages; allowed: %d or more, or "
-                "schedule GPipe'.format([self.train.microbatches, self.stages, self.stages])",
+                "self.train.microbatches % self.pipelines == 0",
+                "'%d cannot be shared equally by %d pipelines; allowed: a multiple of it'"
+                ".format([self.train.microbatches, self.pipelines])",
+            ),
+            _microbatches(
+                "['1F1B']",
+                "{share} >= self.stages",
+                "is too few for schedule 1F1B on %d stages; allowed: %d or more, or schedule GPipe",
+                "self.stages",
+                "self.stages",
+            ),
+            _microbatches(
+                "['DualPipeV']",
+                "{share} >= 2 * self.stages",
+                "is too few for schedule DualPipeV on %d stages; allowed: %d or more, twice the stages, or schedule "
+                "ZBVZeroBubble",
+                "self.stages",
+                "2 * self.stages",
+            ),
+            _microbatches(
+                "['Interleaved1F1B', 'InterleavedZeroBubble']",
+                "{share} % self.stages == 0",
+                "is not a multiple of the %d stages, which schedule %s visits in rounds; allowed: a multiple, or "
+                "schedule LoopedBFS",
+                "self.stages",
+                "self.train.schedule.name",
+            ),
+            rule(
+                ".partition.boundaries",
+                f"self.stages > {MAX_STAGES} || self.partition.strategy != 'Manual' || !has(self.partition.boundaries) "
+                "|| size(self.partition.boundaries) == self.stages * self.train.schedule.chunksPerStage - 1",
+                "'%d boundaries do not cut the model into %d stages of %d chunks; allowed: %d'.format(["
+                "size(self.partition.boundaries), self.stages, self.train.schedule.chunksPerStage, "
+                "self.stages * self.train.schedule.chunksPerStage - 1])",
             ),
             *(_immutable(field) for field in _IMMUTABLE),
         )
@@ -167,7 +209,14 @@ class Spec(Wire):
 
     mode: Literal["Train"] = Field("Train", description="What the pipeline does.")
     stages: int = Field(ge=1, le=MAX_STAGES, description="Number of pipeline stages, one pod each.")
+    pipelines: int = Field(
+        1,
+        ge=1,
+        le=MAX_PIPELINES,
+        description="Data-parallel copies of the pipeline: each trains its share of a step's microbatches.",
+    )
     model: Model = Field(description="The model, from exactly one source.")
+    partition: Partition = Field(default_factory=Partition, description="Which layers each stage holds.")
     train: Train = Field(description="How to train.")
     template: Template | None = Field(
         None,

@@ -62,11 +62,12 @@ class Job:
 
     def config(self) -> WorkerConfig:
         """What every stage is told, unchanged between restarts."""
-        return WorkerConfig(
+        return WorkerConfig.of(
             job=self.name,
             job_uid=self.uid,
             model=self.spec.model,
             train=self.spec.train,
+            partition=self.spec.partition,
             checkpoint=self.spec.checkpoint,
         )
 

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipelinejob_worker.models.layered import LayeredModel
+from pipelinejob_worker.models.layered import Cost, LayeredModel, Tie
+from pipelinejob_worker.models.randomness import mix
 from pipelinejob_worker.protocol import Preset
 
 VOCABULARY = 256
@@ -23,9 +24,8 @@ class Embedding(nn.Module):
         nn.init.normal_(self.token.weight, std=INITIAL_STD)
         nn.init.normal_(self.position.weight, std=INITIAL_STD)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Run the layer."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
         hidden: torch.Tensor = self.dropout(self.token(tokens) + self.position(positions))
         return hidden
 
@@ -33,10 +33,11 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """Causal attention and a feed-forward network, each with a norm before and a residual around it."""
 
-    def __init__(self, preset: Preset) -> None:
+    def __init__(self, preset: Preset, *, documents: bool) -> None:
         super().__init__()
         width = preset.width
         self.heads = preset.heads
+        self.documents = documents
         self.attention_norm = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.attention_output = nn.Linear(width, width)
@@ -53,26 +54,28 @@ class Block(nn.Module):
             nn.init.normal_(linear.weight, std=residual_std)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Run the layer."""
-        hidden = hidden + self.dropout(self._attend(self.attention_norm(hidden)))
+        mask = same_document(positions) if self.documents else None
+        hidden = hidden + self.dropout(self._attend(self.attention_norm(hidden), mask))
         expanded = functional.gelu(self.expansion(self.expansion_norm(hidden)))
         result: torch.Tensor = hidden + self.dropout(self.contraction(expanded))
         return result
 
-    def _attend(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _attend(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         samples, context, width = hidden.shape
         split = self.query_key_value(hidden).view(samples, context, 3, self.heads, width // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)
+        dropout = self.dropout.p if self.training else 0.0
         attended = functional.scaled_dot_product_attention(
-            query, key, value, dropout_p=self.dropout.p if self.training else 0.0, is_causal=True
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
         )
         result: torch.Tensor = self.attention_output(attended.transpose(1, 2).reshape(samples, context, width))
         return result
 
 
 class Head(nn.Module):
-    """Hidden states to logits ``[samples, context, 256]``; not tied to the embedding, which is elsewhere."""
+    """Hidden states to logits ``[samples, context, 256]``."""
 
     def __init__(self, preset: Preset) -> None:
         super().__init__()
@@ -80,45 +83,60 @@ class Head(nn.Module):
         self.vocabulary = nn.Linear(preset.width, VOCABULARY, bias=False)
         nn.init.normal_(self.vocabulary.weight, std=INITIAL_STD)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, _positions: torch.Tensor) -> torch.Tensor:
         """Run the layer."""
         logits: torch.Tensor = self.vocabulary(self.norm(hidden))
         return logits
 
 
-class Gpt(LayeredModel):
-    """Layers ``embedding``, ``blocks.0`` ... ``blocks.<n-1>``, ``head``."""
+def same_document(positions: torch.Tensor) -> torch.Tensor:
+    """Who may attend to whom, ``[samples, 1, context, context]``: earlier tokens of the same document."""
+    document = (positions == 0).cumsum(dim=1)
+    causal = torch.ones(positions.shape[1], positions.shape[1], dtype=torch.bool, device=positions.device).tril()
+    return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
 
-    def __init__(self, preset: Preset) -> None:
+
+class Gpt(LayeredModel):
+    """Layers ``embedding``, ``blocks.0`` ... ``blocks.<n-1>``, ``head``.
+
+    ``documents``: samples hold several documents, so the blocks need a mask; without it attention is faster.
+    """
+
+    def __init__(self, preset: Preset, *, documents: bool = False) -> None:
         self._preset = preset
+        self._documents = documents
         self.context = preset.context
+        self.vocabulary = VOCABULARY
+        self.width = preset.width
         self.names = ("embedding", *(f"blocks.{index}" for index in range(preset.layers)), "head")
         self.costs = _costs(preset)
+        if preset.tie_embeddings:
+            self.ties = (Tie(0, "token.weight", len(self.names) - 1, "vocabulary.weight"),)
         self.fingerprint = (
             f"gpt layers={preset.layers} width={preset.width} heads={preset.heads} context={preset.context} "
             f"dropout={float(preset.dropout)!r}"
-        )
+        ) + (" tied" if preset.tie_embeddings else "")
 
-    def hidden(self, samples: int) -> torch.Tensor:
-        """``[samples, context, width]``."""
-        return torch.empty(samples, self.context, self._preset.width, device="meta")
-
-    def outputs(self, samples: int) -> torch.Tensor:
-        """``[samples, context, 256]``."""
-        return torch.empty(samples, self.context, VOCABULARY, device="meta")
-
-    def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Sum of the cross entropies."""
-        return functional.cross_entropy(output.flatten(0, 1), target.flatten(), reduction="sum")
-
-    def _build(self, index: int) -> nn.Module:
+    def _build(self, index: int, seed: int) -> nn.Module:
+        torch.manual_seed(mix(seed, index))
         if index == 0:
             return Embedding(self._preset)
-        return Head(self._preset) if index == len(self.names) - 1 else Block(self._preset)
+        if index < len(self.names) - 1:
+            return Block(self._preset, documents=self._documents)
+        head = Head(self._preset)
+        if self.ties:  # the bits of the other end, which another stage may have built
+            embedding = self._build(0, seed)
+            assert isinstance(embedding, Embedding)
+            head.vocabulary.weight = nn.Parameter(embedding.token.weight.detach().clone())
+        return head
 
 
-def _costs(preset: Preset) -> tuple[float, ...]:
-    """Multiply-adds per token of a forward pass; the embedding only adds, attention is the causal half."""
+def _costs(preset: Preset) -> tuple[Cost, ...]:
+    """Of the matrices; an embedding only adds, and attention sees half of the context on average."""
     width, context = preset.width, preset.context
-    block = (4 + 2 * EXPANSION) * width * width + width * context
-    return (float(width), *[float(block)] * preset.layers, float(VOCABULARY * width))
+    block = Cost(
+        flops=2.0 * ((4 + 2 * EXPANSION) * width * width + width * context),
+        parameters=(4 + 2 * EXPANSION) * width * width + (9 + EXPANSION) * width,
+    )
+    embedding = Cost(flops=0.0, parameters=(VOCABULARY + context) * width)
+    return (embedding, *[block] * preset.layers, Cost(2.0 * VOCABULARY * width, (VOCABULARY + 2) * width))

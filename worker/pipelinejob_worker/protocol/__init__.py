@@ -15,17 +15,9 @@ from pipelinejob_worker.protocol.environment import (
     Env,
     ExitCode,
 )
-from pipelinejob_worker.protocol.job import (
-    Checkpoint,
-    Data,
-    Model,
-    Optimizer,
-    Preset,
-    Schedule,
-    Train,
-    WorkerConfig,
-)
+from pipelinejob_worker.protocol.job import Checkpoint, WorkerConfig
 from pipelinejob_worker.protocol.membership import MEMBERSHIP_LIMIT_BYTES, Membership
+from pipelinejob_worker.protocol.model import Argument, HuggingFace, Model, Module, Partition, Preset
 from pipelinejob_worker.protocol.status import (
     TERMINATION_LIMIT_BYTES,
     AgentState,
@@ -34,6 +26,7 @@ from pipelinejob_worker.protocol.status import (
     StageTiming,
     Termination,
 )
+from pipelinejob_worker.protocol.train import Data, Optimizer, Schedule, ScheduleName, Train
 
 __all__ = [
     "CHECKPOINT_DIRECTORY",
@@ -51,16 +44,21 @@ __all__ = [
     "WORKER_CONTAINER",
     "AgentState",
     "AgentStatus",
+    "Argument",
     "Checkpoint",
     "Data",
     "Env",
     "ExitCode",
+    "HuggingFace",
     "Membership",
     "Model",
+    "Module",
     "Optimizer",
+    "Partition",
     "Preset",
     "Progress",
     "Schedule",
+    "ScheduleName",
     "StageTiming",
     "Termination",
     "Train",

@@ -2,7 +2,7 @@
 
 from enum import IntEnum, StrEnum
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Version of what this release writes; it grows when a member is added, or changes its meaning."""
 
 OLDEST_READER = max(1, PROTOCOL_VERSION - 1)
@@ -46,6 +46,8 @@ class Env(StrEnum):
     MASTER_PORT = "MASTER_PORT"
     PIPELINE_STAGE = "PIPELINE_STAGE"
     PIPELINE_STAGES = "PIPELINE_STAGES"
+    PIPELINE_INDEX = "PIPELINE_INDEX"
+    PIPELINE_COUNT = "PIPELINE_COUNT"
     THREADS = "OMP_NUM_THREADS"
     JOB = "PIPELINEJOB_NAME"
     JOB_UID = "PIPELINEJOB_UID"

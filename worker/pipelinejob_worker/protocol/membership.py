@@ -24,7 +24,19 @@ class Membership(Wire):
     action: Literal["Run", "Stop"]
     stage: int = Field(ge=0)
     stages: int = Field(ge=1)
+    pipeline: int = Field(0, ge=0, description="Which data-parallel copy of the pipeline; since protocol 3.")
+    pipelines: int = Field(1, ge=1, description="How many copies there are; since protocol 3.")
     master_address: str
     master_port: int
     previous_address: str = ""
     next_address: str = ""
+
+    @property
+    def rank(self) -> int:
+        """Place in the whole group: the stages of pipeline 0, then those of pipeline 1, ..."""
+        return self.pipeline * self.stages + self.stage
+
+    @property
+    def world_size(self) -> int:
+        """Stages of all pipelines."""
+        return self.pipelines * self.stages

@@ -14,11 +14,21 @@ TERMINATION_LIMIT_BYTES = 4096
 
 
 class StageTiming(Wire):
-    """Where one stage's time went in the last steps, in percent of the step."""
+    """Where one stage's time went in the last steps, in percent of the step; a mean over the pipelines.
+
+    ``busy_percent`` is the sum of forward, backward and weight; what is missing to 100 with the others went into
+    the loop itself. ``layers`` names the chunks, for instance ``0-2,9-11``.
+    """
 
     stage: int
     busy_percent: int
     layers: str = ""
+    forward_percent: int | None = Field(None, description="Forward passes; since protocol 3.")
+    backward_percent: int | None = Field(None, description="Backward passes, the inputs' part if they are split.")
+    weight_percent: int | None = Field(None, description="The weights' part of split backward passes.")
+    update_percent: int | None = Field(None, description="Agreeing on the step and updating the weights.")
+    waiting_percent: int | None = Field(None, description="Waiting for another stage's message: the bubble.")
+    sending_percent: int | None = Field(None, description="Handing messages over.")
 
 
 class Progress(Wire):
@@ -30,6 +40,19 @@ class Progress(Wire):
     tokens_per_second: float | None = None
     bubble_percent: float | None = Field(None, description="Measured idle share of the stages, 0 to 100.")
     bubble_limit_percent: float | None = Field(None, description="What the schedule allows at best, 0 to 100.")
+    bubble_predicted_percent: float | None = Field(
+        None, description="What the partition promised before the first step, 0 to 100; since protocol 3."
+    )
+    step_seconds: float | None = Field(None, description="Measured time of a step; since protocol 3.")
+    step_predicted_seconds: float | None = Field(None, description="What the partition promised; since protocol 3.")
+    model_flops_percent: float | None = Field(
+        None, description="Model FLOPs utilization (MFU), 0 to 100; only where the device's peak is known."
+    )
+    model_tera_flops: float | None = Field(None, description="Model FLOPs a second over all stages, in 10**12.")
+    validation_loss: float | None = Field(None, description="Newest loss of the validation split; since protocol 3.")
+    validation_step: int = Field(0, description="Steps that were finished when it was measured.")
+    skipped_steps: int = Field(0, description="Steps of this incarnation without update because float16 overflowed.")
+    checkpoint_problem: str = Field("", description="Why the newest checkpoint was not written or not used, in words.")
     remaining_seconds: float | None = None
     last_checkpoint_step: int = 0
     stages: tuple[StageTiming, ...] = ()

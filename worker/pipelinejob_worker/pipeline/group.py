@@ -46,40 +46,51 @@ def prepare_device() -> torch.device:
 
 @dataclass(frozen=True)
 class Group:
-    """This stage's place in the group. Methods are collective: all stages call them in the same order."""
+    """This stage's place among all stages of all pipelines. Methods are collective: all ranks call them in one order."""
 
     stage: int
     stages: int
     device: torch.device
+    pipeline: int = 0
+    pipelines: int = 1
+
+    @property
+    def rank(self) -> int:
+        """This stage's rank: the stages of pipeline 0 come first."""
+        return self.rank_of(self.stage)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.stages * self.pipelines
 
     @property
     def first(self) -> bool:
-        """Whether this stage reads the inputs."""
-        return self.stage == 0
+        """Whether this rank speaks for all."""
+        return self.rank == 0
 
-    @property
-    def last(self) -> bool:
-        """Whether this stage computes the loss."""
-        return self.stage == self.stages - 1
+    def rank_of(self, stage: int) -> int:
+        """Rank of a stage of this pipeline."""
+        return self.pipeline * self.stages + stage
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the element-wise sum over the stages, on the CPU.
+        """Return the element-wise sum over the ranks, on the CPU.
 
-        Where all stages but one hold zero the sum is exact, in any order: that is how values are exchanged.
+        Where all ranks but one hold zero the sum is exact, in any order: that is how values are exchanged.
         """
         total = values.to(self.device)
         distributed.all_reduce(total)
         return total.cpu()
 
     def gather(self, *values: int) -> list[list[int]]:
-        """Return the ``values`` of every stage, in stage order; integers of 64 bits."""
-        table = torch.zeros(self.stages, len(values), dtype=torch.int64)
-        table[self.stage] = torch.tensor(values, dtype=torch.int64)
+        """Return the ``values`` of every rank, in their order; integers of 64 bits."""
+        table = torch.zeros(self.size, len(values), dtype=torch.int64)
+        table[self.rank] = torch.tensor(values, dtype=torch.int64)
         rows: list[list[int]] = self.sum(table).tolist()
         return rows
 
     def agree(self, mine: bool) -> bool:
-        """Whether all stages say yes."""
+        """Whether all ranks say yes."""
         return all(row == [1] for row in self.gather(int(mine)))
 
 
@@ -91,23 +102,23 @@ def joined(membership: Membership, device: torch.device) -> Iterator[Group]:
     block, is raised as PeerLostError. The group is left before that, so that the stages on either side notice
     at once: with gloo the failure then runs along the pipeline in about 10 ms a stage.
     """
-    stage, stages = membership.stage, membership.stages
+    stage, rank = membership.stage, membership.rank
     try:
         store = distributed.TCPStore(  # type: ignore[attr-defined]
-            "localhost" if stage == 0 else membership.master_address,
+            "localhost" if rank == 0 else membership.master_address,
             membership.master_port,
-            world_size=stages,
-            is_master=stage == 0,
+            world_size=membership.world_size,
+            is_master=rank == 0,
             timeout=RENDEZVOUS_LIMIT,
         )
         distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=distributed.PrefixStore(f"epoch-{membership.epoch}", store),  # type: ignore[attr-defined]
-            rank=stage,
-            world_size=stages,
+            rank=rank,
+            world_size=membership.world_size,
             timeout=SILENCE_LIMIT,
         )
-        yield Group(stage, stages, device)
+        yield Group(stage, membership.stages, device, membership.pipeline, membership.pipelines)
     except Exception as error:
         if is_link_error(error):
             raise PeerLostError(f"stage {stage} lost a link to another stage: {_cause(error)}") from error

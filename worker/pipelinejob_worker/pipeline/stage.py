@@ -1,101 +1,141 @@
-"""One stage: its layers, and torch's PipelineStage around them with a clock for the time spent computing."""
+"""The chunks of one stage: forward and backward passes of one microbatch, with their random state and precision."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.pipelining import PipelineStage
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.utils.checkpoint import checkpoint
 
-from pipelinejob_worker.models import LayeredModel
+from pipelinejob_worker.models import Chunk
 from pipelinejob_worker.models.randomness import mix
-from pipelinejob_worker.pipeline.group import Group
+from pipelinejob_worker.protocol import Train
+
+AUTOCAST = {"BFloat16": torch.bfloat16, "Float16": torch.float16}
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class ComputeClock:
-    """Sums the time that a device spends in forward and backward passes, without waiting for messages."""
+@dataclass
+class RandomState:
+    """What the next forward pass's random numbers depend on, besides the layer; never on the split."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    seed: int
+    first_microbatch: int = 0
+    """Number of this pipeline's first microbatch among those of all pipelines."""
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count the time of the block; on CUDA, which works behind the host's back, by events."""
-        if self._device.type == "cuda":
-            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            start.record()
-            yield
-            end.record()
-            self._events.append((start, end))
-        else:
-            started = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - started
-
-    def take(self) -> float:
-        """Return the seconds counted since the last call; waits for the device."""
-        if self._events:
-            torch.cuda.synchronize(self._device)
-            self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
-            self._events.clear()
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
+    step: int = 0
+    microbatch: int = 0
 
 
-class StageModule(nn.Module):
-    """The contiguous layers of one stage, under their global indices.
+def prepare_layers(chunk: Chunk, train: Train, state: RandomState) -> None:
+    """Make each layer set its random state before it runs, and compile or checkpoint it where the job says so.
 
-    Before each layer's forward the random state is set to a function of (seed, step, microbatch, layer), so
-    dropout does not depend on which stage runs the layer or on what ran before.
+    The state is set inside the checkpointed part, so that the second forward drops the same activations.
+    """
+    for index, layer in chunk.layers.items():
+        run = torch.compile(layer.forward) if train.compile else layer.forward
+        layer.forward = partial(_run_layer, run, index, state, layer, train.activation_checkpointing)  # type: ignore[method-assign]
+
+
+def _run_layer(
+    run: Callable[..., Any], index: int, state: RandomState, layer: nn.Module, checkpointed: bool, *args: Any, **kwargs: Any
+) -> Any:
+    seeded = partial(_run_seeded, run, mix(state.seed, state.step, state.microbatch, index))
+    if checkpointed and layer.training and torch.is_grad_enabled():
+        return checkpoint(seeded, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return seeded(*args, **kwargs)
+
+
+def _run_seeded(run: Callable[..., Any], seed: int, *args: Any, **kwargs: Any) -> Any:
+    torch.manual_seed(seed)
+    return run(*args, **kwargs)
+
+
+@dataclass
+class _Forward:
+    """What a forward pass leaves for its backward pass: the input, and where the backward starts."""
+
+    received: torch.Tensor | None
+    root: GradientEdge | torch.Tensor
+    weight_groups: list[dict[str, Any]] | None = None
+    gradient: torch.Tensor | None = None
+
+
+class StageChunk:
+    """Passes of one chunk. The last chunk ends in the loss, the first has no input gradient.
+
+    The split backward is torch's own (``torch.distributed.pipelining``), which finds the two parts in the autograd
+    graph. Outputs are kept as edges of the graph only, so a sent hidden state lives no longer than its message.
     """
 
-    def __init__(self, model: LayeredModel, layers: range, seed: int, device: torch.device) -> None:
-        super().__init__()
-        self.indices = layers
-        self.layers = nn.ModuleList(model.build(index, seed) for index in layers).to(device)
-        self.seed = seed
-        self.step = 0
+    def __init__(self, module: Chunk, index: int, *, train: Train, state: RandomState, loss: Loss | None) -> None:
+        """``loss`` is given for the last chunk."""
+        self.module = module
+        self._first = index == 0
+        self._loss = loss
+        self._state = state
+        self._autocast = AUTOCAST.get(train.precision)
+        self._kept: dict[int, _Forward] = {}
 
-    def forward(self, hidden: torch.Tensor, microbatch: int) -> torch.Tensor:
-        """Pass one microbatch through the layers; the first stage gets token ids, others hidden states."""
-        for index, layer in zip(self.indices, self.layers, strict=True):
-            torch.manual_seed(mix(self.seed, self.step, microbatch, index))
-            hidden = layer(hidden)
-        return hidden
+    def forward(
+        self, microbatch: int, received: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the hidden state to pass on, or the last chunk's loss, both without a graph."""
+        training = self.module.training
+        if training and not self._first:
+            received = received.detach().requires_grad_()
+        self._state.microbatch = self._state.first_microbatch + microbatch
+        with self._precision(received.device), nullcontext() if training else torch.no_grad():
+            output = self.module(received, positions)
+            if self._loss:
+                assert targets is not None
+                output = self._loss(output, targets)
+        if training:
+            root = output if self._loss else get_gradient_edge(output)
+            self._kept[microbatch] = _Forward(None if self._first else received, root)
+        return output.detach()
 
+    def backward(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """Add to the weights' gradients; return that of the input, if there is one.
 
-class TimedStage(PipelineStage):
-    """PipelineStage that counts the time of its passes.
+        ``gradient`` is that of the output, None after the loss.
+        """
+        kept = self._kept.pop(microbatch)
+        torch.autograd.backward(_roots(kept), None if gradient is None else (gradient,))  # type: ignore[arg-type]
+        return kept.received.grad if kept.received is not None else None
 
-    All shapes are given at construction: torch would otherwise find them by an extra pass that is not
-    pipelined, and would exchange them pickled. A stage after the first needs inputs that require gradients,
-    or its backward fails.
-    """
-
-    def __init__(self, module: StageModule, model: LayeredModel, samples: int, group: Group) -> None:
-        received = model.inputs(samples) if group.first else model.hidden(samples).requires_grad_()
-        passed_on = model.outputs(samples) if group.last else model.hidden(samples)
-        self.clock = ComputeClock(group.device)
-        super().__init__(
-            module,
-            group.stage,
-            group.stages,
-            group.device,
-            input_args=(received,),
-            output_args=(passed_on.requires_grad_(),),
+    def backward_input(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the gradient of the input only; the first chunk has none and leaves all to ``backward_weight``."""
+        kept = self._kept[microbatch]
+        if kept.received is None:
+            kept.gradient = gradient
+            return None
+        gradients, kept.weight_groups = stage_backward_input(
+            list(_roots(kept)), None if gradient is None else [gradient], [kept.received], self._weights()
         )
+        return gradients[0]
 
-    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one microbatch forward, timed."""
-        with self.clock.running():
-            return super().forward_one_chunk(*args, **kwargs)
+    def backward_weight(self, microbatch: int) -> None:
+        """Add to the weights' gradients what ``backward_input`` has left."""
+        kept = self._kept[microbatch]
+        if kept.weight_groups is None:
+            self.backward(microbatch, kept.gradient)
+        else:
+            stage_backward_weight(self._weights(), kept.weight_groups)
+            del self._kept[microbatch]
 
-    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one microbatch backward, timed."""
-        with self.clock.running():
-            return super().backward_one_chunk(*args, **kwargs)
+    def _weights(self) -> Iterator[nn.Parameter]:
+        return (weight for weight in self.module.parameters() if weight.requires_grad)
+
+    def _precision(self, device: torch.device) -> torch.autocast | nullcontext[None]:
+        return torch.autocast(device.type, self._autocast) if self._autocast else nullcontext()
+
+
+def _roots(kept: _Forward) -> tuple[GradientEdge | torch.Tensor, ...]:
+    return (kept.root,)

@@ -1,30 +1,220 @@
-"""AdamW over the layers of a stage, and the gradient norm over the layers of all stages."""
+"""The optimizer of a stage's layers, and the gradient norm over the layers of all stages."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import nn
 
+from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.protocol import Optimizer
 
 
-def build_optimizer(settings: Optimizer, layers: Iterable[nn.Module]) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); only matrices decay, as biases and norms should not shrink."""
-    parameters = [parameter for layer in layers for parameter in layer.parameters()]
-    return torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": float(settings.weight_decay)},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ],
-        lr=float(settings.learning_rate),
-    )
+def everything(_index: int, _name: str) -> bool:
+    """Ownership where there is one copy of the stage."""
+    return True
 
 
-def squared_gradient_norm(layer: nn.Module) -> float:
-    """Sum of the squares of a layer's gradients, in float64, in the order of its parameters."""
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in layer.parameters() if p.grad is not None]
-    return sum(float(norm) ** 2 for norm in norms)
+class StageOptimizer:
+    """AdamW (Loshchilov and Hutter 2019) or SGD with momentum over the layers of a stage.
+
+    The weight decay of both is decoupled: before the update a matrix is multiplied by 1 - learning rate x decay, and
+    the momentum sees none of it. Only matrices decay, as biases and norms should not shrink.
+
+    Only the parameters that this copy of the stage owns are updated and have moments (ZeRO-1). A parameter without a
+    gradient is left as it is. AdamW's bias correction counts the updates of the optimizer, also for a parameter
+    that had no gradient in some of them, so ``updates`` is all there is to restore beside the moments.
+
+    Each element is computed by itself, so the bits depend neither on the split into stages nor on the owners.
+    """
+
+    updates: int
+    """Calls of ``step`` since the job began, restored ones included; skipped steps are not among them."""
+
+    def __init__(
+        self,
+        settings: Optimizer,
+        layers: Mapping[int, nn.Module],
+        owned: Callable[[int, str], bool] = everything,
+    ) -> None:
+        """Make moments of zero. ``layers``: by global index; ``owned`` is asked for index and parameter name.
+
+        Raises ConfigurationError for a trainable parameter that is not float32.
+        """
+        self.updates = 0
+        self._layers = layers
+        self._weight_decay = float(settings.weight_decay)
+        self._owned = {(index, name): parameter for index, name, parameter in trainable(layers) if owned(index, name)}
+        parameters = list(self._owned.values())
+        self._matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+        self._moments = _moments(settings)
+        self._torch = _torch_optimizer(settings, parameters) if parameters else None
+        for parameter in parameters:
+            self._set_moments(parameter, {name: torch.zeros_like(parameter) for name in self._moments})
+
+    def step(self, learning_rate: float) -> None:
+        """Update the owned parameters that have a gradient."""
+        self.updates += 1
+        if self._torch is None:
+            return
+        for matrix in self._matrices:
+            if matrix.grad is not None:
+                with torch.no_grad():
+                    matrix.mul_(1 - learning_rate * self._weight_decay)
+        for group in self._torch.param_groups:
+            group["lr"] = learning_rate
+        self._torch.step()
+        for parameter in self._owned.values():
+            if parameter.grad is None and "step" in self._torch.state[parameter]:
+                self._torch.state[parameter]["step"] += 1
+
+    def zero_grad(self) -> None:
+        """Free the gradients of all parameters, owned or not."""
+        for layer in self._layers.values():
+            layer.zero_grad(set_to_none=True)
+
+    def layer_state(self, index: int) -> dict[str, torch.Tensor]:
+        """Return ``weight.<parameter>`` of all and ``<moment>.<parameter>`` of owned parameters, on the CPU.
+
+        What is on the CPU already is the live tensor: copy it if it shall outlive the next step.
+        """
+        state: dict[str, torch.Tensor] = {}
+        for name, parameter in self._layers[index].named_parameters():
+            state[f"weight.{name}"] = parameter.detach().cpu()
+            if (index, name) in self._owned:
+                moments = self._state_of(parameter)
+                state |= {f"{moment}.{name}": moments[key].cpu() for moment, key in self._moments.items()}
+        return state
+
+    def load_layer_state(self, index: int, state: Mapping[str, torch.Tensor], updates: int) -> None:
+        """Put back the state of a layer, with the moments of all or only of owned parameters.
+
+        ``updates``: the count that was saved with it. Names and shapes must be those of ``layer_shapes``.
+        """
+        self.updates = updates
+        for name, parameter in self._layers[index].named_parameters():
+            with torch.no_grad():
+                parameter.copy_(state[f"weight.{name}"])
+            if (index, name) in self._owned:
+                self._set_moments(
+                    parameter,
+                    {moment: torch.empty_like(parameter).copy_(state[f"{moment}.{name}"]) for moment in self._moments},
+                )
+
+    def layer_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Return names and shapes of a layer's whole state: of what the owners' ``layer_state`` give together."""
+        return {
+            f"{kind}.{name}": tuple(parameter.shape)
+            for name, parameter in self._layers[index].named_parameters()
+            for kind in ("weight", *(self._moments if parameter.requires_grad else ()))
+        }
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        assert self._torch is not None
+        state: dict[str, torch.Tensor] = self._torch.state[parameter]
+        return state
+
+    def _set_moments(self, parameter: nn.Parameter, moments: Mapping[str, torch.Tensor]) -> None:
+        """``moments`` by our names, after ``updates`` updates."""
+        assert self._torch is not None
+        state = {key: moments[name] for name, key in self._moments.items()}
+        if isinstance(self._torch, torch.optim.AdamW):
+            state["step"] = torch.tensor(float(self.updates))
+        self._torch.state[parameter] = state
+
+
+def _moments(settings: Optimizer) -> dict[str, str]:
+    """Our names of an optimizer's moments, and torch's."""
+    if settings.name == "AdamW":
+        return {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+    return {"momentum": "momentum_buffer"} if float(settings.momentum) else {}
+
+
+def _torch_optimizer(settings: Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return torch's optimizer without weight decay, which ``StageOptimizer`` applies.
+
+    One parameter after another: with ``foreach`` a single one of unusual strides sends all that are updated together
+    through other kernels, so the bits would depend on the split.
+    """
+    rate = float(settings.learning_rate)
+    if settings.name == "SGD":
+        return torch.optim.SGD(parameters, rate, float(settings.momentum), foreach=False, fused=False)
+    betas = (float(settings.beta1), float(settings.beta2))
+    return torch.optim.AdamW(parameters, rate, betas, weight_decay=0.0, foreach=False, fused=False)
+
+
+def trainable(layers: Mapping[int, nn.Module]) -> Iterator[tuple[int, str, nn.Parameter]]:
+    """Layer index, name and parameter of all that has gradients, in the order of the layers and their parameters.
+
+    Raises ConfigurationError for one that is not float32.
+    """
+    for index, layer in layers.items():
+        for name, parameter in layer.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter.dtype != torch.float32:
+                raise ConfigurationError(
+                    f"spec.model: trainable parameter {name} of layer {index} is {parameter.dtype}; allowed: "
+                    "torch.float32; build it so and choose the type of matrix products with spec.train.precision"
+                )
+            yield index, name, parameter
+
+
+def squared_gradient_norms(
+    layers: Mapping[int, nn.Module], without: Collection[tuple[int, str]] = ()
+) -> dict[int, list[float]]:
+    """Return each layer's squared gradient norms, one a parameter in their order, in float64.
+
+    It is 0 for a parameter without a gradient here and for those in ``without`` (layer index, name), whose gradient
+    is counted elsewhere. The norms leave the device together.
+    """
+    norms = {
+        (index, name): torch.linalg.vector_norm(parameter.grad, dtype=torch.float64)
+        for index, layer in layers.items()
+        for name, parameter in layer.named_parameters()
+        if parameter.grad is not None and (index, name) not in without
+    }
+    values = dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)) if norms else {}
+    return {
+        index: [values.get((index, name), 0.0) ** 2 for name, _ in layer.named_parameters()]
+        for index, layer in layers.items()
+    }
+
+
+class NormSlots:
+    """Where the squared norms of all layers' parameters are in the vector that the ranks add up.
+
+    Every parameter has a slot, because with several copies of a stage the sums of one layer's gradients are on
+    several ranks: one partial sum a rank would be rounded differently for another number of copies. So each slot
+    is zero on all ranks but one, the sum over the ranks is exact, and what is added is added here, in order.
+    """
+
+    def __init__(self, parameters: Sequence[int]) -> None:
+        """``parameters``: number of parameters of every layer of the model, as ``parameter_counts`` of all stages."""
+        ends = list(accumulate(parameters))
+        self._slices = [slice(end - count, end) for end, count in zip(ends, parameters, strict=True)]
+        self.size = ends[-1]
+
+    def fill(self, vector: torch.Tensor, norms: Mapping[int, Sequence[float]]) -> None:
+        """Write this rank's ``squared_gradient_norms`` into ``vector`` (float64, its first ``size`` elements)."""
+        for index, values in norms.items():
+            vector[self._slices[index]] = torch.tensor(values, dtype=torch.float64)
+
+    def per_layer(self, values: Sequence[float]) -> list[float]:
+        """Return each layer's squared norm from the sum of all ranks' vectors."""
+        return [sum(values[slots]) for slots in self._slices]
+
+
+def parameter_counts(layers: Mapping[int, nn.Module], total: int) -> torch.Tensor:
+    """Return the number of parameters of these layers at their places among ``total``, 0 elsewhere; int64.
+
+    Summed over the stages of one pipeline it is what ``NormSlots`` needs.
+    """
+    counts = torch.zeros(total, dtype=torch.int64)
+    for index, layer in layers.items():
+        counts[index] = sum(1 for _ in layer.parameters())
+    return counts
 
 
 def total_norm(squared_norms: Sequence[float]) -> float:
@@ -34,43 +224,13 @@ def total_norm(squared_norms: Sequence[float]) -> float:
 
 def clip(layers: Iterable[nn.Module], norm: float, limit: float) -> None:
     """Scale gradients by ``limit / norm`` if the norm is larger (Pascanu et al. 2013); 0 does not clip."""
-    if not 0 < limit < norm:
-        return
+    if 0 < limit < norm:
+        scale_gradients(layers, limit / norm)
+
+
+def scale_gradients(layers: Iterable[nn.Module], factor: float) -> None:
+    """Multiply all gradients; with the inverse of a power of two no bit is lost."""
     for layer in layers:
         for parameter in layer.parameters():
             if parameter.grad is not None:
-                parameter.grad.mul_(limit / norm)
-
-
-def layer_state(layer: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """Weights and moments of a layer, on the CPU: ``weight.<parameter>``, ``exp_avg.<parameter>``, ..."""
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in layer.named_parameters():
-        moments = optimizer.state[parameter]
-        state[f"weight.{name}"] = parameter.detach().cpu()
-        for moment in _MOMENTS:
-            state[f"{moment}.{name}"] = moments[moment].cpu()
-    return state
-
-
-def load_layer_state(layer: nn.Module, optimizer: torch.optim.AdamW, state: dict[str, torch.Tensor], step: int) -> None:
-    """Put back what ``layer_state`` gave after ``step`` steps; names and shapes must be the layer's."""
-    for name, parameter in layer.named_parameters():
-        with torch.no_grad():
-            parameter.copy_(state[f"weight.{name}"])
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(step)),
-            **{moment: state[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS},
-        }
-
-
-def layer_shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what ``layer_state`` gives, without an optimizer step having been made."""
-    return {
-        f"{kind}.{name}": tuple(parameter.shape)
-        for name, parameter in layer.named_parameters()
-        for kind in ("weight", *_MOMENTS)
-    }
-
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+                parameter.grad.mul_(factor)

@@ -8,11 +8,12 @@ import numpy as np
 
 from pipelinejob_worker.data.opening import open_tokens
 from pipelinejob_worker.data.order import Order
-from pipelinejob_worker.data.packing import Batch, documents_batch, documents_targets, starts_of, stream_batch
+from pipelinejob_worker.data.packing import Batch, documents_batch, documents_targets, stream_batch
 from pipelinejob_worker.data.refusal import refusal
 from pipelinejob_worker.data.tokens import Ids, TokenStream
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.protocol import SCRATCH_DIRECTORY, Train
+from pipelinejob_worker.protocol.train import Data
 
 CACHE_DIRECTORY = Path(SCRATCH_DIRECTORY) / "pipelinejob-tokens"
 """Where text that had to be tokenised is kept, unless another directory is given."""
@@ -39,16 +40,14 @@ class Corpus:
         self._documents = data.packing == "Documents"
         tokens = open_tokens(data, vocabulary, model_directory, cache)
         self._stream = TokenStream(tokens.files, vocabulary)
-        self._starts = starts_of(tokens.ends) if self._documents else np.empty(0, np.int64)
+        self._ends = tokens.ends
         self._order = Order(self._stream.tokens // (context + 1), data.validation_percent, train.seed)
-        self._check_size(len(tokens.ends))
+        self._check_size()
         self.training_samples = self._order.training
         """Samples of an epoch."""
         self.validation_samples = self._order.validation
         """Samples that are never trained on."""
-        self.fingerprint = int.from_bytes(
-            hashlib.sha256(tokens.identity.encode(errors="surrogateescape")).digest()[:7], "big"
-        )
+        self.fingerprint = _fingerprint(tokens.identity, data)
         """Of what determines the samples, below 2**56: two stages that see other data have another one."""
 
     def samples(self, step: int, first: int, count: int) -> Batch:
@@ -67,7 +66,7 @@ class Corpus:
         """Return how many tokens of the global batch of ``step`` have a loss; reads no file."""
         if not self._documents:
             return self._batch * self._context
-        return documents_targets(self._training_firsts(step, 0, self._batch), self._context, self._starts)
+        return documents_targets(self._training_firsts(step, 0, self._batch), self._context, self._ends)
 
     def _training_firsts(self, step: int, first: int, count: int) -> Ids:
         position = step * self._batch + first
@@ -80,9 +79,9 @@ class Corpus:
         windows = np.empty((len(firsts), self._context + 1), np.int64)
         for sample, first in enumerate(firsts):
             windows[sample] = self._stream.read(int(first), self._context + 1)
-        return documents_batch(windows, firsts, self._starts) if self._documents else stream_batch(windows)
+        return documents_batch(windows, firsts, self._ends) if self._documents else stream_batch(windows)
 
-    def _check_size(self, documents: int) -> None:
+    def _check_size(self) -> None:
         if self._documents and self._context < 2:
             raise refusal(
                 "packing",
@@ -95,11 +94,18 @@ class Corpus:
             split = f" and {self._order.validation} for validation" if self._order.validation else ""
             raise refusal(
                 "files",
-                f"{self._stream.tokens} tokens in {documents} documents{left_out} make "
+                f"{self._stream.tokens} tokens in {len(self._ends)} documents{left_out} make "
                 f"{self._order.training} samples of context {self._context}{split}",
                 f"at least globalBatchSize {self._batch}",
                 "add text or lower one of the two",
             )
+
+
+def _fingerprint(identity: str, data: Data) -> int:
+    # What is at its default adds nothing, so that a job keeps its fingerprint when settings are added to the API.
+    settings = data.model_dump_json(exclude_defaults=True, exclude={"files"})
+    text = identity if settings == "{}" else f"{identity}\n{settings}"
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogateescape")).digest()[:7], "big")
 
 
 def check_same_data(fingerprints: Sequence[int]) -> None:

@@ -1,12 +1,23 @@
-"""Finding the files of spec.train.data.files."""
+"""The files of spec.train.data.files, and what tells that one has changed."""
 
 import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pipelinejob_worker.data.refusal import refusal, unreadable
 from pipelinejob_worker.protocol.train import Data
+
+
+class Stamp(NamedTuple):
+    """A file as it is now: another size or time means another content."""
+
+    path: str
+    size: int
+    """Bytes."""
+    modified: int
+    """Nanoseconds since 1970."""
 
 
 def find(data: Data) -> list[str]:
@@ -14,12 +25,11 @@ def find(data: Data) -> list[str]:
 
     Raises ConfigurationError if nothing matches.
     """
-    wanted = Path.is_dir if data.format == "Dataset" else Path.is_file
+    kind = "directory" if data.format == "Dataset" else "file"
     # Path.glob takes no absolute patterns.
     found = {path for pattern in data.files for path in glob.iglob(pattern, recursive=True)}  # noqa: PTH207
-    paths = sorted(path for path in found if wanted(Path(path)))
+    paths = sorted(path for path in found if _is(kind, path))
     if not paths:
-        kind = "directory" if data.format == "Dataset" else "file"
         raise refusal(
             "files",
             f"no {kind} matches {', '.join(data.files)}",
@@ -29,14 +39,22 @@ def find(data: Data) -> list[str]:
     return paths
 
 
-def sizes_of(paths: Sequence[str]) -> list[int]:
-    """Return each file's size in bytes. Raises ConfigurationError for a file that cannot be opened."""
-    return [_size_of(path) for path in paths]
+def stamps_of(paths: Sequence[str]) -> list[Stamp]:
+    """Return each file's stamp. Raises ConfigurationError for a file that cannot be opened."""
+    return [_stamp_of(path) for path in paths]
 
 
-def _size_of(path: str) -> int:
+def _is(kind: str, path: str) -> bool:
     try:
-        with Path(path).open("rb") as file:
-            return file.seek(0, os.SEEK_END)
+        return Path(path).is_dir() if kind == "directory" else Path(path).is_file()
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def _stamp_of(path: str) -> Stamp:
+    try:
+        with Path(path).open("rb") as file:
+            found = os.fstat(file.fileno())
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return Stamp(path, found.st_size, found.st_mtime_ns)

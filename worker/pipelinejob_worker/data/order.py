@@ -33,9 +33,9 @@ class Order:
     """
 
     def __init__(self, windows: int, validation_percent: int, seed: int) -> None:
-        self.validation = max(1, windows * validation_percent // 100) if validation_percent else 0
+        self.validation = max(1, windows * validation_percent // 100) if validation_percent and windows else 0
         """Number of windows for validation, rounded down, but at least one if there is a percentage."""
-        self.training = max(0, windows - self.validation)
+        self.training = windows - self.validation
         """Number of windows for training: the samples of an epoch."""
         self._windows = windows
         self._seed = seed

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from pipelinejob_worker.data.tokens import Ids
 from pipelinejob_worker.models.layered import IGNORED
@@ -30,15 +29,16 @@ def stream_batch(windows: Ids) -> Batch:
     return Batch(_tensor(windows[:, :-1]), _tensor(windows[:, 1:]), None)
 
 
-def documents_batch(windows: Ids, firsts: Ids, starts: Ids) -> Batch:
+def documents_batch(windows: Ids, firsts: Ids, ends: Ids) -> Batch:
     """Return the batch of ``windows`` ``[samples, context + 1]``, in which no token meets another document.
 
-    ``firsts`` ``[samples]``: where in the stream each window begins. ``starts``: where documents begin, ascending.
+    ``firsts`` ``[samples]``: where in the stream each window begins. ``ends``: where documents of two or more
+    tokens end, and the next begins, ascending.
     """
     targets, positions = windows[:, 1:].copy(), np.empty_like(windows[:, 1:])
     context = targets.shape[1]
     for sample, first in enumerate(firsts):
-        begins = starts[np.searchsorted(starts, first, "right") : np.searchsorted(starts, first + context, "right")]
+        begins = ends[np.searchsorted(ends, first, "right") : np.searchsorted(ends, first + context, "right")]
         begins = begins - first
         targets[sample, begins - 1] = IGNORED
         origin = np.zeros(context + 1, np.int64)
@@ -47,15 +47,10 @@ def documents_batch(windows: Ids, firsts: Ids, starts: Ids) -> Batch:
     return Batch(_tensor(windows[:, :-1]), torch.from_numpy(targets), torch.from_numpy(positions))
 
 
-def documents_targets(firsts: Ids, context: int, starts: Ids) -> int:
-    """Return how many targets ``documents_batch`` leaves in the windows at ``firsts``, from the starts alone."""
-    begins = np.searchsorted(starts, firsts + context, "right") - np.searchsorted(starts, firsts, "right")
+def documents_targets(firsts: Ids, context: int, ends: Ids) -> int:
+    """Return how many targets ``documents_batch`` leaves at ``firsts``, from the documents' ends alone."""
+    begins = np.searchsorted(ends, firsts + context, "right") - np.searchsorted(ends, firsts, "right")
     return int(context * len(firsts) - begins.sum())
-
-
-def starts_of(ends: NDArray[np.int64]) -> Ids:
-    """Return where documents begin that end, each at the begin of the next, at ``ends``."""
-    return np.concatenate(([0], ends[:-1])).astype(np.int64) if len(ends) else ends
 
 
 def _tensor(ids: Ids) -> torch.Tensor:

@@ -4,12 +4,16 @@ from pipelinejob_worker.errors import ConfigurationError
 
 
 def refusal(field: str, problem: str, allowed: str, cure: str) -> ConfigurationError:
-    """Return the error for ``spec.train.data.<field>``: one line with what is wrong, what is allowed and the cure."""
-    return ConfigurationError(" ".join(f"spec.train.data.{field}: {problem}; allowed: {allowed}; {cure}".split()))
+    """Return the error for ``spec.train.data.<field>``: what is wrong, what is allowed and the cure.
+
+    It is one line of valid Unicode, whatever names of files it has.
+    """
+    message = f"spec.train.data.{field}: {problem}; allowed: {allowed}; {cure}"
+    return ConfigurationError(message.replace("\n", " ").encode(errors="backslashreplace").decode())
 
 
 def unreadable(path: str, error: OSError) -> ConfigurationError:
-    """Return the error for a file that exists but cannot be opened or read."""
+    """Return the error for a file that exists but cannot be opened."""
     return refusal(
         "files",
         f"{path} cannot be read: {error.strerror or error}",

@@ -11,8 +11,8 @@ and the cure; this page says what its words mean.
 
 ## Conditions
 
-All of them are there from the operator's first visit. `observedGeneration` tells which version of the spec each
-answers, `lastTransitionTime` when its status last changed. There is no phase: ask a condition.
+All but `Checkpointed` are there from the operator's first visit on. `observedGeneration` tells which version of the
+spec each answers, `lastTransitionTime` when its status last changed. There is no phase: ask a condition.
 
 ```sh
 kubectl wait --for=condition=Succeeded pj/tiny-gpt --timeout=10m

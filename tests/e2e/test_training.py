@@ -27,7 +27,7 @@ def test_four_stages_have_the_losses_of_one_process(namespace: kit.Namespace) ->
     assert len(phases) == 4, "pods that ended stay, and with them their logs"
 
     status = run.status
-    assert status["summary"] | {"loss": "", "tokensPerSecond": "", "bubble": ""} == {
+    assert status["summary"] | {"loss": "", "tokensPerSecond": "", "bubble": "", "modelFlops": ""} == {
         "state": "Succeeded",
         "stages": "4/4",
         "step": "150/150",
@@ -35,6 +35,8 @@ def test_four_stages_have_the_losses_of_one_process(namespace: kit.Namespace) ->
         "loss": "",
         "tokensPerSecond": "",
         "bubble": "",
+        "bubbleLimit": "43%",
+        "modelFlops": "",
     }
     assert status["progress"]["bubbleLimitPercent"] == 43  # (p-1)/(m+p-1) with p = 4 and m = 4
     assert status["progress"]["lastCheckpointStep"] == 150

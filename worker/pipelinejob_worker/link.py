@@ -15,7 +15,7 @@ from pipelinejob_worker.protocol import Membership, Progress, WorkerConfig
 from pipelinejob_worker.protocol.base import Wire
 
 LINE_LIMIT_BYTES = 1 << 20
-"""Longest line either way; the progress of 512 stages needs less than a tenth of it."""
+"""Longest line either way; the progress of 512 stages with many chunks needs less than a quarter of it."""
 
 
 class Assignment(Wire):
@@ -26,6 +26,7 @@ class Assignment(Wire):
     config: WorkerConfig
     attempt: int = Field(0, ge=0)
     checkpoint_directory: str = ""
+    scratch_directory: str = ""
 
 
 class Drain(Wire):

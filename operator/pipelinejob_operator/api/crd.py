@@ -140,5 +140,13 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def _without_defaults(node: Schema) -> Schema:
-    """Drop defaults: a status shows what was observed, so the API server must not invent any of it."""
-    return _with_children(_without("default", node), _without_defaults)
+    """Drop defaults: a status shows what was observed, so the API server must not invent any of it.
+
+    Keys of a list map keep theirs: each must be required or have a default, and entries of older operators lack some.
+    """
+    stripped = _with_children(_without("default", node), _without_defaults)
+    keys = {key: node["items"]["properties"][key] for key in node.get("x-kubernetes-list-map-keys", ())}
+    if not any("default" in key for key in keys.values()):
+        return stripped
+    items = stripped["items"]
+    return {**stripped, "items": {**items, "properties": items["properties"] | keys}}

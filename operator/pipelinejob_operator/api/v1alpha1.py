@@ -21,8 +21,9 @@ SHORT_NAME = "pj"
 
 MAX_STAGES = 512
 MAX_PIPELINES = 64
+MAX_PODS = 512
 MAX_NAME = 40
-"""Pod names add stage and attempt to it, and must stay DNS labels."""
+"""Pod names add pipeline, stage and attempt to it, and must stay DNS labels."""
 
 RESERVED_ENV = sorted(Env)
 """Environment names that the operator sets, so a template may not."""
@@ -41,12 +42,17 @@ def _immutable(field: str) -> dict[str, str]:
     )
 
 
+_UNFIT = f"self.stages < 1 || self.stages > {MAX_STAGES} || self.pipelines < 1 || self.pipelines > {MAX_PIPELINES}"
+"""A shape that the schema refuses by itself: then rules on top of it would only repeat that."""
+
+
 def _microbatches(schedules: str, holds: str, message: str, *values: str) -> dict[str, str]:
     """Say what a schedule demands of the microbatches of one pipeline; ``values`` are those in the message."""
     share = "(self.train.microbatches / self.pipelines)"
     return rule(
         ".train.microbatches",
-        f"self.stages > {MAX_STAGES} || !(self.train.schedule.name in {schedules}) || {holds.format(share=share)}",
+        f"{_UNFIT} || self.train.microbatches % self.pipelines != 0 || !(self.train.schedule.name in {schedules}) || "
+        f"{holds.format(share=share)}",
         f"(self.pipelines == 1 ? '%d ' : '%d a pipeline ').format([{share}]) + "
         f"'{message}'.format([{', '.join(values)}])",
     )
@@ -167,8 +173,14 @@ class Spec(Wire):
     model_config = ConfigDict(
         json_schema_extra=cel(
             rule(
+                ".pipelines",
+                f"{_UNFIT} || self.stages * self.pipelines <= {MAX_PODS}",
+                "'%d pipelines of %d stages are %d pods; allowed: at most "
+                f"{MAX_PODS}'.format([self.pipelines, self.stages, self.stages * self.pipelines])",
+            ),
+            rule(
                 ".train.microbatches",
-                "self.train.microbatches % self.pipelines == 0",
+                f"{_UNFIT} || self.train.microbatches % self.pipelines == 0",
                 "'%d cannot be shared equally by %d pipelines; allowed: a multiple of it'"
                 ".format([self.train.microbatches, self.pipelines])",
             ),
@@ -197,11 +209,19 @@ class Spec(Wire):
             ),
             rule(
                 ".partition.boundaries",
-                f"self.stages > {MAX_STAGES} || self.partition.strategy != 'Manual' || !has(self.partition.boundaries) "
-                "|| size(self.partition.boundaries) == self.stages * self.train.schedule.chunksPerStage - 1",
+                f"{_UNFIT} || self.partition.strategy != 'Manual' || !has(self.partition.boundaries) || "
+                "size(self.partition.boundaries) == self.stages * self.train.schedule.chunksPerStage - 1",
                 "'%d boundaries do not cut the model into %d stages of %d chunks; allowed: %d'.format(["
                 "size(self.partition.boundaries), self.stages, self.train.schedule.chunksPerStage, "
                 "self.stages * self.train.schedule.chunksPerStage - 1])",
+            ),
+            rule(
+                ".train.data.tokenizerPath",
+                "self.train.data.tokenizer != 'HuggingFace' || has(self.model.huggingFace) || "
+                "(has(self.train.data.tokenizerPath) && self.train.data.tokenizerPath != '')",
+                "'tokenizer HuggingFace needs a directory with tokenizer.json; allowed: its path, or none with "
+                "model.huggingFace, which has one, or tokenizer Bytes'",
+                "FieldValueRequired",
             ),
             *(_immutable(field) for field in _IMMUTABLE),
         )
@@ -262,12 +282,23 @@ class StageStatus(Wire):
     """One stage."""
 
     index: int = Field(description="Stage, from 0 at the input to the last at the loss.")
+    pipeline: int = Field(0, description="Data-parallel copy of the pipeline that it belongs to, from 0.")
     pod: str = Field("", description="Name of its pod.")
     node: str = Field("", description="Node of its pod.")
     state: str = Field("", description="Pending, Starting, Running, Succeeded or Failed.")
-    layers: str = Field("", description="First and last global layer that it holds, for instance 0-2.")
+    layers: str = Field("", description="Global layers that it holds, by chunk, for instance 0-2 or 0-2,9-11.")
     restarts: int = Field(0, description="How many pods of this stage have failed.")
-    busy_percent: int | None = Field(None, description="Share of the step in which it computes.")
+    busy_percent: int | None = Field(
+        None, description="Share of the step in which it computes: forward, backward and weight together."
+    )
+    forward_percent: int | None = Field(None, description="Share of the step in forward passes.")
+    backward_percent: int | None = Field(
+        None, description="Share of the step in backward passes; in their inputs' part where the schedule splits them."
+    )
+    weight_percent: int | None = Field(None, description="Share of the step in the weights' part of split backwards.")
+    update_percent: int | None = Field(None, description="Share of the step in agreeing on it and updating weights.")
+    waiting_percent: int | None = Field(None, description="Share of the step in waiting for other stages: the bubble.")
+    sending_percent: int | None = Field(None, description="Share of the step in handing messages to other stages.")
 
 
 class ProgressStatus(Wire):
@@ -277,9 +308,27 @@ class ProgressStatus(Wire):
     total_steps: int = Field(0, description="Steps of the whole job.")
     percent: int = Field(0, description="step of totalSteps.")
     loss: str = Field("", description="Loss of the last finished step.")
+    validation_loss: str = Field("", description="Newest loss of the samples that are never trained on.")
+    validation_step: int = Field(0, description="Last finished step when it was measured.")
     tokens_per_second: int | None = Field(None, description="Tokens trained in a second, over all stages.")
+    step_milliseconds: int | None = Field(None, description="Measured time of a step.")
+    step_predicted_milliseconds: int | None = Field(
+        None, description="Time of a step that the partition promised before the first one."
+    )
     bubble_percent: int | None = Field(None, description="Measured idle share of the stages.")
     bubble_limit_percent: int | None = Field(None, description="What the schedule allows at best with equal stages.")
+    bubble_predicted_percent: int | None = Field(
+        None, description="Idle share that the partition promised before the first step."
+    )
+    model_flops_percent: int | None = Field(
+        None, description="Model FLOPs utilization (MFU); only where the peak of the device is known."
+    )
+    model_giga_flops_per_second: int | None = Field(
+        None, description="Floating-point operations of the model in a second, over all stages, in 10^9."
+    )
+    skipped_steps: int = Field(
+        0, description="Steps since the last start whose update was skipped because float16 gradients overflowed."
+    )
     remaining_seconds: int | None = Field(None, description="Estimated time to the last step.")
     last_checkpoint_step: int = Field(0, description="Step of the newest complete checkpoint.")
 
@@ -288,6 +337,7 @@ class FirstFailure(Wire):
     """The failure that came first in the last attempt that failed: the cause, not its victims."""
 
     stage: int
+    pipeline: int = 0
     node: str = ""
     pod: str = ""
     exit_code: int = 0
@@ -312,6 +362,8 @@ class Summary(Wire):
     loss: str = ""
     tokens_per_second: str = ""
     bubble: str = ""
+    bubble_limit: str = ""
+    model_flops: str = ""
 
 
 class Status(Wire):
@@ -321,17 +373,17 @@ class Status(Wire):
     conditions: list[Condition] = Field(
         [],
         max_length=16,
-        description="Accepted, Placed, Running, Suspended and Succeeded.",
+        description="Accepted, Placed, Running, Suspended, Succeeded, and Checkpointed where a volume is set.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     summary: Summary = Field(default_factory=Summary, description="Strings for kubectl's columns.")
     stages: list[StageStatus] = Field(
         [],
-        max_length=MAX_STAGES,
-        description="One entry a stage.",
-        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["index"]},
+        max_length=MAX_PODS,
+        description="One entry for each stage of each pipeline.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["index", "pipeline"]},
     )
-    ready_stages: int = Field(0, description="Stages whose pod is ready.")
+    ready_stages: int = Field(0, description="Stages, over all pipelines, whose pod is ready.")
     selector: str = Field("", description="Label selector of the stage pods, for the scale subresource.")
     progress: ProgressStatus = Field(default_factory=ProgressStatus, description="How far the job is.")
     attempt: int = Field(0, description="Number of the present gang of pods, from 0; part of the pods' names.")
@@ -357,7 +409,7 @@ class Status(Wire):
 
 
 class PipelineJob(Wire):
-    """A pipeline-parallel job: the operator cuts the model into stages and runs one pod a stage."""
+    """A pipeline-parallel job: the operator cuts the model into stages and runs one pod for each."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
@@ -391,5 +443,7 @@ PRINTER_COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("Age", ".metadata.creationTimestamp", "date", 0),
     ("Checkpoint", ".status.progress.lastCheckpointStep", "integer", 1),
     ("Schedule", ".spec.train.schedule.name", "string", 1),
+    ("Bubble-Limit", ".status.summary.bubbleLimit", "string", 1),
+    ("MFU", ".status.summary.modelFlops", "string", 1),
     ("Reason", '.status.conditions[?(@.type=="Running")].reason', "string", 1),
 )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelinejob_operator.api.v1alpha1 import API_VERSION, KIND, Spec, Status
+from pipelinejob_operator.build.place import Shape
 from pipelinejob_worker.protocol import WORKER_CONTAINER, WorkerConfig
 
 
@@ -30,9 +31,11 @@ class Job:
 
     @classmethod
     def read_header(cls, manifest: dict[str, Any]) -> "Job":
-        """Read all but the spec, of which only the number of stages is kept: enough to refuse it."""
+        """Read all but the spec, of which only the shape of the gang is kept: enough to refuse it."""
         construct: Callable[..., Spec] = Spec.model_construct
-        return cls._with(manifest, construct(stages=manifest.get("spec", {}).get("stages", 0)))
+        spec = manifest.get("spec", {})
+        stages, pipelines = (_count(spec.get(name, default)) for name, default in (("stages", 0), ("pipelines", 1)))
+        return cls._with(manifest, construct(stages=stages, pipelines=pipelines))
 
     @classmethod
     def _with(cls, manifest: dict[str, Any], spec: Spec) -> "Job":
@@ -48,6 +51,11 @@ class Job:
             template=manifest.get("spec", {}).get("template") or {},
             deleting="deletionTimestamp" in meta,
         )
+
+    @property
+    def shape(self) -> Shape:
+        """Stages and pipelines that the spec asks for."""
+        return Shape(self.spec.stages, self.spec.pipelines)
 
     @property
     def worker_template(self) -> dict[str, Any]:
@@ -81,3 +89,7 @@ class Job:
             "controller": True,
             "blockOwnerDeletion": True,
         }
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) else 0

@@ -2,23 +2,31 @@
 
 from collections.abc import Mapping
 
+from pipelinejob_operator.build.place import Place
 from pipelinejob_operator.policy.facts import StagePod
-from pipelinejob_worker.protocol import RENDEZVOUS_PORT, Membership
+from pipelinejob_worker.protocol import OLDEST_READER, RENDEZVOUS_PORT, Membership
+
+PIPELINES_SINCE = 3
+"""Protocol version that knows several pipelines: an older agent would join as a stage of the only one."""
 
 
-def membership(gang: Mapping[int, StagePod], stage: int, attempt: int) -> Membership:
-    """Build the membership of ``stage``; ``gang`` maps every stage to a pod that has an address.
+def membership(gang: Mapping[int, StagePod], place: Place, attempt: int) -> Membership:
+    """Build the membership of the stage at ``place``; ``gang`` maps every rank to a pod that has an address.
 
-    The epoch grows with the attempt, from 1.
+    The epoch grows with the attempt, from 1. Neighbours are those of the stage's own pipeline; the whole group meets
+    at stage 0 of pipeline 0.
     """
-    last = len(gang) - 1
+    shape = place.shape
     return Membership(
+        oldest_reader=max(OLDEST_READER, PIPELINES_SINCE) if shape.pipelines > 1 else OLDEST_READER,
         epoch=attempt + 1,
         action="Run",
-        stage=stage,
-        stages=len(gang),
+        stage=place.stage,
+        stages=shape.stages,
+        pipeline=place.pipeline,
+        pipelines=shape.pipelines,
         master_address=gang[0].address,
         master_port=RENDEZVOUS_PORT,
-        previous_address=gang[stage - 1].address if stage > 0 else "",
-        next_address=gang[stage + 1].address if stage < last else "",
+        previous_address=gang[place.rank - 1].address if place.stage > 0 else "",
+        next_address=gang[place.rank + 1].address if place.stage < shape.stages - 1 else "",
     )

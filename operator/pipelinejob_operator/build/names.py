@@ -1,6 +1,7 @@
 """Names, labels and annotations of the job's objects: how the operator finds again what it made."""
 
 from pipelinejob_operator.api.v1alpha1 import GROUP
+from pipelinejob_operator.build.place import Place
 
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 MANAGED_BY = "pipelinejob-operator"
@@ -8,6 +9,8 @@ JOB_LABEL = f"{GROUP}/job"
 JOB_UID_LABEL = f"{GROUP}/job-uid"
 STAGE_LABEL = f"{GROUP}/stage"
 STAGES_LABEL = f"{GROUP}/stages"
+PIPELINE_LABEL = f"{GROUP}/pipeline"
+PIPELINES_LABEL = f"{GROUP}/pipelines"
 ATTEMPT_LABEL = f"{GROUP}/attempt"
 MEMBERSHIP_ANNOTATION = f"{GROUP}/membership"
 CONFIG_ANNOTATION = f"{GROUP}/config"
@@ -15,9 +18,10 @@ GATE = f"{GROUP}/gang"
 FIELD_MANAGER = "pipelinejob-operator"
 
 
-def pod_name(job: str, stage: int, attempt: int) -> str:
+def pod_name(job: str, place: Place, attempt: int) -> str:
     """Name of a stage pod; with the attempt, so that a replacement never waits for a dead node's pod."""
-    return f"{job}-s{stage}-a{attempt}"
+    pipeline = f"-p{place.pipeline}" if place.shape.pipelines > 1 else ""
+    return f"{job}{pipeline}-s{place.stage}-a{attempt}"
 
 
 def network_name(job: str) -> str:
@@ -25,9 +29,9 @@ def network_name(job: str) -> str:
     return job
 
 
-def pod_host(job: str, namespace: str, stage: int, attempt: int) -> str:
+def pod_host(job: str, namespace: str, place: Place, attempt: int) -> str:
     """DNS name of a stage pod; it resolves before the pod is ready."""
-    return f"{pod_name(job, stage, attempt)}.{network_name(job)}.{namespace}.svc"
+    return f"{pod_name(job, place, attempt)}.{network_name(job)}.{namespace}.svc"
 
 
 def job_labels(job: str, uid: str) -> dict[str, str]:
@@ -35,12 +39,14 @@ def job_labels(job: str, uid: str) -> dict[str, str]:
     return {MANAGED_BY_LABEL: MANAGED_BY, JOB_LABEL: job, JOB_UID_LABEL: uid}
 
 
-def stage_labels(job: str, uid: str, stage: int, stages: int, attempt: int) -> dict[str, str]:
+def stage_labels(job: str, uid: str, place: Place, attempt: int) -> dict[str, str]:
     """Labels of a stage pod."""
     return {
         **job_labels(job, uid),
-        STAGE_LABEL: str(stage),
-        STAGES_LABEL: str(stages),
+        STAGE_LABEL: str(place.stage),
+        STAGES_LABEL: str(place.shape.stages),
+        PIPELINE_LABEL: str(place.pipeline),
+        PIPELINES_LABEL: str(place.shape.pipelines),
         ATTEMPT_LABEL: str(attempt),
     }
 

@@ -8,6 +8,7 @@ from pipelinejob_operator.build.names import JOB_UID_LABEL, job_labels, network_
 from pipelinejob_worker.protocol import RENDEZVOUS_PORT, STATUS_PORT
 
 DNS_PORT = 53
+HUB_PORT = 443
 
 
 def service(job: Job) -> dict[str, Any]:
@@ -31,14 +32,16 @@ def service(job: Job) -> dict[str, Any]:
 def network_policy(job: Job, installation: Installation) -> dict[str, Any]:
     """NetworkPolicy of the stage pods.
 
-    In from the job's own pods, and from the operator to the status port only; out to the job's own pods and
-    to DNS. It suffices in a namespace that denies everything else; policies add up, so users add their own.
+    In from the job's own pods, and from the operator to the status port only; out to the job's own pods, to DNS and,
+    for a model from a hub, to HTTPS anywhere: a policy knows no names. It suffices in a namespace that denies
+    everything else; policies add up, so users add their own.
     """
     own = {"podSelector": {"matchLabels": _own_pods(job)}}
     operator = {
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": installation.operator_namespace}},
         "podSelector": {"matchLabels": OPERATOR_POD_LABELS},
     }
+    hub = [{"ports": [{"protocol": "TCP", "port": HUB_PORT}]}] if job.spec.model.from_hub else []
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -53,6 +56,7 @@ def network_policy(job: Job, installation: Installation) -> dict[str, Any]:
             "egress": [
                 {"to": [own]},
                 {"ports": [{"protocol": protocol, "port": DNS_PORT} for protocol in ("UDP", "TCP")]},
+                *hub,
             ],
         },
     }

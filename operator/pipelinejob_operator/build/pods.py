@@ -9,6 +9,7 @@ needs.
 import copy
 from typing import Any
 
+from pipelinejob_operator.build import environment
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.names import (
@@ -16,13 +17,13 @@ from pipelinejob_operator.build.names import (
     GATE,
     MEMBERSHIP_ANNOTATION,
     network_name,
-    pod_host,
     pod_name,
     stage_labels,
 )
+from pipelinejob_operator.build.place import Place
 from pipelinejob_operator.build.volumes import stage_volumes
 from pipelinejob_operator.placement.affinity import near_neighbours, one_host
-from pipelinejob_worker.protocol import RENDEZVOUS_PORT, STATUS_PORT, WORKER_CONTAINER, Env
+from pipelinejob_worker.protocol import STATUS_PORT, WORKER_CONTAINER
 
 AGENT_COMMAND = ["python3", "-m", "pipelinejob_worker.agent"]
 USER_ID = 65532
@@ -31,18 +32,18 @@ NODE_LOSS_SECONDS = 30
 """How long a pod stays bound to a node that does not answer; 300 s, the default, hold up the gang."""
 
 
-def stage_pod(job: Job, stage: int, installation: Installation, *, share_host: bool) -> dict[str, Any]:
-    """Build a stage's pod of the present attempt; ``share_host`` keeps all stages on one node."""
-    attempt, stages = job.status.attempt, job.spec.stages
-    labels = stage_labels(job.name, job.uid, stage, stages, attempt)
+def stage_pod(job: Job, place: Place, installation: Installation, *, share_host: bool) -> dict[str, Any]:
+    """Build the pod of the stage at ``place`` in the present attempt; ``share_host`` keeps all stages on one node."""
+    name = pod_name(job.name, place, job.status.attempt)
+    labels = stage_labels(job.name, job.uid, place, job.status.attempt)
     user_meta = job.template.get("metadata") or {}
     spec: dict[str, Any] = copy.deepcopy(job.template.get("spec") or {})
     volumes, mounts = stage_volumes(job.spec.checkpoint.volume_claim_name)
 
     others = [item for item in spec.get("containers", []) if item.get("name") != WORKER_CONTAINER]
-    spec["containers"] = [_worker(job, stage, installation, mounts), *others]
+    spec["containers"] = [_worker(job, place, installation, mounts), *others]
     spec["volumes"] = [*spec.get("volumes", []), *_unshadowed(volumes, mounts, spec["containers"][0])]
-    spec["hostname"] = pod_name(job.name, stage, attempt)
+    spec["hostname"] = name
     spec["subdomain"] = network_name(job.name)
     spec["restartPolicy"] = "Never"
     spec["schedulingGates"] = [*spec.get("schedulingGates", []), {"name": GATE}]
@@ -56,7 +57,7 @@ def stage_pod(job: Job, stage: int, installation: Installation, *, share_host: b
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {
-            "name": pod_name(job.name, stage, attempt),
+            "name": name,
             "namespace": job.namespace,
             "labels": (user_meta.get("labels") or {}) | labels,
             "annotations": (user_meta.get("annotations") or {})
@@ -67,7 +68,7 @@ def stage_pod(job: Job, stage: int, installation: Installation, *, share_host: b
     }
 
 
-def _worker(job: Job, stage: int, installation: Installation, mounts: list[dict[str, Any]]) -> dict[str, Any]:
+def _worker(job: Job, place: Place, installation: Installation, mounts: list[dict[str, Any]]) -> dict[str, Any]:
     worker: dict[str, Any] = copy.deepcopy(job.worker_template)
     worker["name"] = WORKER_CONTAINER
     worker.setdefault("image", installation.worker_image)
@@ -77,7 +78,7 @@ def _worker(job: Job, stage: int, installation: Installation, mounts: list[dict[
         worker["command"] = AGENT_COMMAND
         worker["ports"] = [*worker.get("ports", []), {"name": "stage-status", "containerPort": STATUS_PORT}]
         worker["readinessProbe"] = {"httpGet": {"path": "/readyz", "port": STATUS_PORT}, "periodSeconds": 2}
-    worker["env"] = [*worker.get("env", []), *_environment(job, stage)]
+    worker["env"] = [*environment.replaceable(job), *worker.get("env", []), *environment.fixed(job, place)]
     taken = {mount.get("mountPath", "").rstrip("/") for mount in worker.get("volumeMounts", [])}
     free = [mount for mount in mounts if mount["mountPath"] not in taken]
     worker["volumeMounts"] = [*worker.get("volumeMounts", []), *free]
@@ -97,35 +98,6 @@ def _unshadowed(
     used = {mount["name"] for mount in worker["volumeMounts"]}
     ours = {mount["name"] for mount in mounts}
     return [volume for volume in volumes if volume["name"] in used & ours]
-
-
-def _environment(job: Job, stage: int) -> list[dict[str, Any]]:
-    """Variables of the stage; after the user's own, because of two with one name the last wins."""
-    attempt, stages = job.status.attempt, job.spec.stages
-    values = {
-        Env.RANK: str(stage),
-        Env.WORLD_SIZE: str(stages),
-        Env.LOCAL_RANK: "0",
-        Env.MASTER_ADDR: pod_host(job.name, job.namespace, 0, attempt),
-        Env.MASTER_PORT: str(RENDEZVOUS_PORT),
-        Env.PIPELINE_STAGE: str(stage),
-        Env.PIPELINE_STAGES: str(stages),
-        # Another number of threads sums in another order and gives other bits, so it must not follow the CPU
-        # limit.
-        Env.THREADS: "1",
-        Env.JOB: job.name,
-        Env.JOB_UID: job.uid,
-        Env.ATTEMPT: str(attempt),
-    }
-    fields = {Env.POD_IP: "status.podIP", Env.NODE: "spec.nodeName"}
-    interface = job.spec.network.interface
-    network = {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}
-    network |= {variable.name: variable.value for variable in job.spec.network.nccl}
-    return [
-        *({"name": str(name), "value": value} for name, value in values.items()),
-        *({"name": str(name), "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()),
-        *({"name": name, "value": value} for name, value in network.items()),
-    ]
 
 
 def _pod_security() -> dict[str, Any]:

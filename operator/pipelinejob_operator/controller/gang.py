@@ -41,63 +41,63 @@ def patience(since: datetime | None, now: datetime) -> timedelta:
 
 def actions(job: Job, gang: Gang, seen: Observed, installation: Installation) -> list[Action]:
     """Next writes that the gang needs: first all pods, then all gates, then all memberships."""
-    stages = job.spec.stages
-    if not gang.complete(stages):
-        share_host = seen.claim is not None and seen.claim.one_node and stages > 1
-        missing = [stage for stage in range(stages) if stage not in gang.current]
+    shape = job.shape
+    if not gang.complete(shape.size):
+        share_host = seen.claim is not None and seen.claim.one_node and shape.size > 1
+        missing = [place for place in shape.places() if place.rank not in gang.current]
         return [
             *(ApplyObject(manifest) for manifest in network_objects(job, installation)),
-            *(CreatePod(stage_pod(job, stage, installation, share_host=share_host)) for stage in missing),
+            *(CreatePod(stage_pod(job, place, installation, share_host=share_host)) for place in missing),
         ]
-    pods = [gang.current[stage] for stage in range(stages)]
+    pods = [gang.current[rank] for rank in range(shape.size)]
     if gated := [pod for pod in pods if pod.gate is not None and not pod.terminating]:
         return [OpenGate(pod) for pod in gated]
     if not all(pod.address for pod in pods):
         return []
-    wanted = {pod: membership(gang.current, pod.stage, job.status.attempt).to_json() for pod in pods}
+    wanted = {pod: membership(gang.current, pod.place, job.status.attempt).to_json() for pod in pods}
     # A pod that has a membership keeps it for the attempt: agents ignore another text of an epoch they have
     # seen.
     return [SetMembership(pod, value) for pod, value in wanted.items() if not pod.membership and not pod.ended]
 
 
-def placed(gang: Gang, stages: int, claim: Claim | None) -> Told:
+def placed(gang: Gang, size: int, claim: Claim | None) -> Told:
     """The condition Placed of a gang that is being made or lives."""
-    if not gang.complete(stages):
-        return "False", Reason.CREATING, f"{len(gang.current)} of {stages} stage pods exist"
+    if not gang.complete(size):
+        return "False", Reason.CREATING, f"{len(gang.current)} of {size} stage pods exist"
     pods = list(gang.current.values())
     if all(pod.scheduled for pod in pods):
-        return "True", Reason.PLACED, f"all {stages} stages have a node"
+        return "True", Reason.PLACED, f"all {size} stages have a node"
     if stuck := [pod for pod in pods if pod.unschedulable]:
-        message = f"{len(stuck)} of {stages} stages find no node; stage {stuck[0].stage}: {stuck[0].unschedulable}"
-        if claim and claim.one_node and stages > 1:
+        message = f"{len(stuck)} of {size} stages find no node; {stuck[0].place}: {stuck[0].unschedulable}"
+        if claim and claim.one_node and size > 1:
             message += (
-                f'; claim "{claim.name}" is ReadWriteOnce, so all {stages} stages must share one node: use a '
+                f'; claim "{claim.name}" is ReadWriteOnce, so all {size} stages must share one node: use a '
                 "ReadWriteMany claim, or a node with room for all of them"
             )
         return "False", Reason.UNSCHEDULABLE, message
-    return "False", Reason.SCHEDULING, f"{sum(pod.scheduled for pod in pods)} of {stages} stages have a node"
+    return "False", Reason.SCHEDULING, f"{sum(pod.scheduled for pod in pods)} of {size} stages have a node"
 
 
-def running(gang: Gang, stages: int) -> Told:
+def running(gang: Gang, size: int) -> Told:
     """The condition Running of a gang that is being made or lives, and in which nothing failed."""
-    pods = [gang.current[stage] for stage in sorted(gang.current)]
+    pods = [gang.current[rank] for rank in sorted(gang.current)]
     alive = sum(pod.ready or pod.succeeded for pod in pods)
-    if alive == stages:
-        return "True", Reason.RUNNING, f"all {stages} stages are ready"
+    if alive == size:
+        return "True", Reason.RUNNING, f"all {size} stages are ready"
     for pod in pods:
         if pod.waiting and pod.waiting.reason in IMAGE_REASONS:
             return "False", Reason.IMAGE_PULL_FAILED, _no_image(pod)
         if pod.waiting and pod.waiting.reason in CONFIG_REASONS:
             return "False", Reason.CONTAINER_CONFIG_ERROR, _no_container(pod)
-    if not all(pod.scheduled for pod in pods) or len(pods) < stages:
+    if not all(pod.scheduled for pod in pods) or len(pods) < size:
         return "False", Reason.NOT_PLACED, "see the condition Placed"
-    return "False", Reason.STARTING, f"{alive} of {stages} stages are ready"
+    return "False", Reason.STARTING, f"{alive} of {size} stages are ready"
 
 
 def _no_image(pod: StagePod) -> str:
     assert pod.waiting is not None
     return (
-        f"stage {pod.stage} on node {pod.node} cannot pull image {pod.waiting.image} ({pod.waiting.reason}: "
+        f"{pod.place} on node {pod.node} cannot pull image {pod.waiting.image} ({pod.waiting.reason}: "
         f"{pod.waiting.message}); check the image's name in spec.template, that the node reaches the registry, and "
         "imagePullSecrets"
     )
@@ -106,6 +106,6 @@ def _no_image(pod: StagePod) -> str:
 def _no_container(pod: StagePod) -> str:
     assert pod.waiting is not None
     return (
-        f"stage {pod.stage} on node {pod.node} cannot start its container ({pod.waiting.reason}: "
+        f"{pod.place} on node {pod.node} cannot start its container ({pod.waiting.reason}: "
         f"{pod.waiting.message}); mend what spec.template refers to, and the kubelet tries again by itself"
     )

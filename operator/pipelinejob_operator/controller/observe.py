@@ -61,7 +61,7 @@ class Observer:
         """Read the claim while it matters: until every stage has a node."""
         name = job.spec.checkpoint.volume_claim_name
         gang = Gang.of(job, seen)
-        if not name or (gang.complete(job.spec.stages) and all(pod.scheduled for pod in gang.current.values())):
+        if not name or (gang.complete(job.shape.size) and all(pod.scheduled for pod in gang.current.values())):
             return seen
         manifest = await self._kubernetes.get(CLAIMS, job.namespace, name)
         if manifest is None:
@@ -108,7 +108,7 @@ def running_gangs(cache: Cache) -> list[Target]:
         except ValidationError:
             continue  # its reconcile says so
         gang = Gang.of(job, Observed(owned_pods(job, cache.pods(key)))).current
-        addresses = tuple(gang[stage].address for stage in sorted(gang) if gang[stage].started)
+        addresses = tuple(gang[rank].address for rank in sorted(gang) if gang[rank].started)
         if job.runs_agent and all(addresses) and addresses:
             found.append(Target(key, job.uid, job.status.attempt + 1, addresses))
     return found

@@ -41,7 +41,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Gang:
-    """The pods of the present attempt by stage, and those of others."""
+    """The pods of the present attempt by rank, and those of others."""
 
     current: dict[int, StagePod] = field(default_factory=dict)
     others: tuple[StagePod, ...] = ()
@@ -51,10 +51,10 @@ class Gang:
         """Sort the pods by attempt."""
         attempt = job.status.attempt
         return cls(
-            {pod.stage: pod for pod in seen.pods if pod.attempt == attempt},
+            {pod.place.rank: pod for pod in seen.pods if pod.attempt == attempt},
             tuple(pod for pod in seen.pods if pod.attempt != attempt),
         )
 
-    def complete(self, stages: int) -> bool:
-        """Whether every stage has its pod."""
-        return all(stage in self.current for stage in range(stages))
+    def complete(self, size: int) -> bool:
+        """Whether every rank of a gang of ``size`` pods has its pod."""
+        return all(rank in self.current for rank in range(size))

@@ -98,7 +98,7 @@ def _active(d: _Decision) -> _Decision:
         return _refuse(d, verdict)
     d.draft.condition(ConditionType.ACCEPTED, "True", Reason.VALID, "the spec can run")
 
-    if lifecycle.succeeded(d.gang.current, job.spec.stages):
+    if lifecycle.succeeded(d.gang.current, job.shape.size):
         return _succeed(d)
     if (deadline := lifecycle.deadline(job.spec, status)) is not None:
         if d.now >= deadline:
@@ -116,9 +116,9 @@ def _live(d: _Decision) -> _Decision:
     if status.start_time is None:
         d.draft.set(start_time=rfc3339(d.now))
 
-    if any(pod.stages != job.spec.stages for pod in d.gang.current.values()):
+    if any(pod.place.shape != job.shape for pod in d.gang.current.values()):
         d.retire()
-        d.down(Reason.REPLACING, f"the gang is replaced to run {job.spec.stages} stages")
+        d.down(Reason.REPLACING, f"the gang is replaced to run {job.shape}")
         return d
     if gang_plan.opened(d.gang, status) and (finding := _first_failure(d)):
         return _answer(d, finding)
@@ -131,7 +131,7 @@ def _first_failure(d: _Decision) -> failure.Finding | None:
     job = d.job
     look = failure.Look(
         job=job.name,
-        stages=job.spec.stages,
+        shape=job.shape,
         attempt=job.status.attempt,
         protocol=job.runs_agent,
         unready_nodes=d.seen.unready_nodes,
@@ -166,7 +166,7 @@ def _succeed(d: _Decision) -> _Decision:
         ConditionType.SUCCEEDED,
         "True",
         Reason.ALL_STAGES_SUCCEEDED,
-        f"all {d.job.spec.stages} stages succeeded",
+        f"all {d.job.shape.size} stages succeeded",
     )
     return _end(d)
 
@@ -210,7 +210,7 @@ def _answer(d: _Decision, finding: failure.Finding) -> _Decision:
             d.alarms.append(finding.recheck_at)
             _observe_placement(d)
             if finding.draining:
-                d.say(ConditionType.RUNNING, Reason.DRAINING, f"the pod of stage {first.stage} is being deleted")
+                d.say(ConditionType.RUNNING, Reason.DRAINING, f"the pod of {first.place} is being deleted")
             else:
                 d.say(
                     ConditionType.RUNNING,
@@ -222,7 +222,7 @@ def _answer(d: _Decision, finding: failure.Finding) -> _Decision:
             d.retire()
             d.down(
                 Reason.REPLACING,
-                f"stage {first.stage} on node {first.node} was asked to leave; the gang moves on",
+                f"{first.place} on node {first.node} was asked to leave; the gang moves on",
             )
             return d
         case failure.Answer.FAIL:
@@ -300,7 +300,7 @@ def _tend(d: _Decision) -> _Decision:
         d.actions += [ApplyObject(manifest) for manifest in network_objects(d.job, d.installation)]
     d.actions += todo
     _observe_placement(d)
-    d.draft.condition(ConditionType.RUNNING, *gang_plan.running(d.gang, d.job.spec.stages))
+    d.draft.condition(ConditionType.RUNNING, *gang_plan.running(d.gang, d.job.shape.size))
     return d
 
 
@@ -324,7 +324,7 @@ def _hindrance(d: _Decision) -> Verdict | None:
 
 
 def _observe_placement(d: _Decision) -> None:
-    d.draft.condition(ConditionType.PLACED, *gang_plan.placed(d.gang, d.job.spec.stages, d.seen.claim))
+    d.draft.condition(ConditionType.PLACED, *gang_plan.placed(d.gang, d.job.shape.size, d.seen.claim))
 
 
 def _after_the_end(job: Job, seen: Observed, now: datetime) -> Plan:

@@ -14,6 +14,7 @@ from pipelinejob_operator.api.v1alpha1 import (
 )
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.names import pod_selector
+from pipelinejob_operator.controller.progress import checkpointed, progress_status, saved, stage_status
 from pipelinejob_operator.policy.facts import Failure, StagePod
 from pipelinejob_operator.policy.reasons import ConditionStatus, ConditionType, Reason
 from pipelinejob_worker.protocol import ExitCode, Progress
@@ -38,7 +39,8 @@ class Draft:
             "selector": pod_selector(job.name),
         }
         self._conditions = {item.type: item for item in job.status.conditions}
-        for kind in ConditionType:
+        self._shown = [kind for kind in ConditionType if kind != ConditionType.CHECKPOINTED or _saves(job)]
+        for kind in self._shown:
             if kind not in self._conditions:
                 self.condition(kind, "Unknown", Reason.NOT_STARTED, "")
 
@@ -60,11 +62,12 @@ class Draft:
         self._fields |= fields
 
     def gang(self, pods: Mapping[int, StagePod], progress: Progress | None) -> None:
-        """Copy what the pods and an agent show."""
-        old = {item.index: item for item in self._job.status.stages}
+        """Copy what the pods (rank to pod) and an agent show."""
+        old = {(item.pipeline, item.index): item for item in self._job.status.stages}
         stages = []
-        for index in range(self._job.spec.stages):
-            before, pod = old.get(index, StageStatus(index=index)), pods.get(index)
+        for place in self._job.shape.places():
+            fresh = StageStatus(index=place.stage, pipeline=place.pipeline)
+            before, pod = old.get((place.pipeline, place.stage), fresh), pods.get(place.rank)
             shown = (
                 {"pod": pod.name, "node": pod.node, "state": stage_state(pod)}
                 if pod
@@ -81,12 +84,11 @@ class Draft:
         self.set(
             progress=progress_status(progress),
             stages=[
-                item.model_copy(update={"layers": timing.layers, "busy_percent": timing.busy_percent})
-                if (timing := timings.get(item.index))
-                else item
+                stage_status(item, timing) if (timing := timings.get(item.index)) else item
                 for item in self._fields["stages"]
             ],
         )
+        self.condition(ConditionType.CHECKPOINTED, *checkpointed(progress))
 
     def last_words(self, pods: Iterable[StagePod]) -> None:
         """Take over what stages said that ended in good order: no agent is left to ask.
@@ -102,7 +104,9 @@ class Draft:
         if last.progress:
             self._progress(last.progress)
         else:
-            self.set(progress=self._by_step_alone(last.step, before))
+            concluded = self._by_step_alone(last.step, before)
+            self.set(progress=concluded)
+            self.condition(ConditionType.CHECKPOINTED, *saved(concluded.last_checkpoint_step))
 
     def _by_step_alone(self, step: int, before: ProgressStatus) -> ProgressStatus:
         """Conclude the progress from the step, which is all that agents of protocol 1 leave behind."""
@@ -120,9 +124,11 @@ class Draft:
 
     def failed_stage(self, failure: Failure, restarts_in_a_row: int) -> None:
         """Record the first failure and count it for its stage."""
+        failed = (failure.place.stage, failure.place.pipeline)
         self.set(
             first_failure=FirstFailure(
-                stage=failure.stage,
+                stage=failure.place.stage,
+                pipeline=failure.place.pipeline,
                 node=failure.node,
                 pod=failure.pod,
                 exit_code=failure.exit_code,
@@ -133,14 +139,14 @@ class Draft:
             ),
             consecutive_restarts=restarts_in_a_row,
             stages=[
-                item.model_copy(update={"restarts": item.restarts + (item.index == failure.stage)})
+                item.model_copy(update={"restarts": item.restarts + ((item.index, item.pipeline) == failed)})
                 for item in self._fields.get("stages", self._job.status.stages)
             ],
         )
 
     def finish(self) -> Status:
         """Render the status."""
-        conditions = [self._conditions[kind] for kind in ConditionType]
+        conditions = [self._conditions[kind] for kind in self._shown]
         status = self._job.status.model_copy(update=self._fields | {"conditions": conditions})
         return status.model_copy(update={"summary": summary(self._job, status)})
 
@@ -156,23 +162,9 @@ def stage_state(pod: StagePod) -> str:
     return "Starting" if pod.scheduled else "Pending"
 
 
-def progress_status(progress: Progress) -> ProgressStatus:
-    """Round an agent's progress to what people read; so that small changes are none."""
-    return ProgressStatus(
-        step=progress.step,
-        total_steps=progress.total_steps,
-        percent=100 * progress.step // progress.total_steps if progress.total_steps else 0,
-        loss="" if progress.loss is None else f"{progress.loss:.4g}",
-        tokens_per_second=_rounded(progress.tokens_per_second),
-        bubble_percent=_rounded(progress.bubble_percent),
-        bubble_limit_percent=_rounded(progress.bubble_limit_percent),
-        remaining_seconds=_rounded(progress.remaining_seconds),
-        last_checkpoint_step=progress.last_checkpoint_step,
-    )
-
-
-def _rounded(value: float | None) -> int | None:
-    return None if value is None else round(value)
+def _saves(job: Job) -> bool:
+    """Whether checkpoints are written, and somebody tells of them."""
+    return job.runs_agent and bool(job.spec.checkpoint.volume_claim_name)
 
 
 def summary(job: Job, status: Status) -> Summary:
@@ -182,13 +174,19 @@ def summary(job: Job, status: Status) -> Summary:
     done = sum(item.state == "Succeeded" for item in status.stages)
     return Summary(
         state=state(status),
-        stages=f"{max(status.ready_stages, done)}/{job.spec.stages}",
+        stages=f"{max(status.ready_stages, done)}/{job.shape.size}",
         step=f"{progress.step}/{total}" if total else "",
         progress=f"{progress.percent}%" if total else "",
         loss=_short_loss(progress.loss),
         tokens_per_second="" if progress.tokens_per_second is None else short_number(progress.tokens_per_second),
-        bubble="" if progress.bubble_percent is None else f"{progress.bubble_percent}%",
+        bubble=_share(progress.bubble_percent),
+        bubble_limit=_share(progress.bubble_limit_percent),
+        model_flops=_share(progress.model_flops_percent),
     )
+
+
+def _share(percent: int | None) -> str:
+    return "" if percent is None else f"{percent}%"
 
 
 def _short_loss(loss: str) -> str:

@@ -15,6 +15,7 @@ QUIET = frozenset(
         Reason.STARTING,
         Reason.FAILURE_SEEN,
         Reason.NOT_SUSPENDED,
+        Reason.NOT_SAVED_YET,
         Reason.ACTIVE,
         Reason.FINISHED,
         Reason.NOT_ACCEPTED,
@@ -31,6 +32,7 @@ GOOD = frozenset(
         Reason.DRAINING,
         Reason.SUSPENDED,
         Reason.STOPPING,
+        Reason.SAVED,
         Reason.ALL_STAGES_SUCCEEDED,
     }
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelinejob_operator.build.names import ATTEMPT_LABEL, JOB_UID_LABEL, STAGE_LABEL
+from pipelinejob_operator.build.names import ATTEMPT_LABEL, JOB_UID_LABEL, PIPELINE_LABEL, STAGE_LABEL
 
 HOST_LEVEL = "kubernetes.io/hostname"
 HEAVIEST = 100
@@ -11,7 +11,7 @@ HEAVIEST = 100
 
 
 def near_neighbours(labels: Mapping[str, str], stages: int, levels: Sequence[str]) -> list[dict[str, Any]]:
-    """Preferred pod-affinity terms that draw a stage to the stages before and after it.
+    """Preferred pod-affinity terms that draw a stage to the stages before and after it in its pipeline.
 
     ``labels`` are the pod's own; ``levels`` are node labels from the widest domain to the narrowest. One term
     a level, the narrowest weighs most, so a shared host counts more than a shared zone and adds to it.
@@ -21,7 +21,7 @@ def near_neighbours(labels: Mapping[str, str], stages: int, levels: Sequence[str
     if not neighbours:
         return []
     selector = {
-        "matchLabels": {key: labels[key] for key in (JOB_UID_LABEL, ATTEMPT_LABEL)},
+        "matchLabels": {key: labels[key] for key in (JOB_UID_LABEL, ATTEMPT_LABEL, PIPELINE_LABEL)},
         "matchExpressions": [{"key": STAGE_LABEL, "operator": "In", "values": neighbours}],
     }
     return [

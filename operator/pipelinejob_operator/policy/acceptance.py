@@ -41,15 +41,31 @@ def check(case: Case) -> Verdict | None:
 
 
 def enough_layers(case: Case) -> Verdict | None:
-    """Every stage needs a layer."""
-    preset = case.spec.model.preset
-    if preset is None or preset.layers + EXTRA_MODULES >= case.spec.stages:
+    """Every chunk of every stage needs a layer; of other sources than a preset the worker knows how many there are."""
+    preset, stages, chunks = case.spec.model.preset, case.spec.stages, case.spec.train.schedule.chunks_per_stage
+    if preset is None or preset.layers + EXTRA_MODULES >= stages * chunks:
         return None
-    most = preset.layers + EXTRA_MODULES
+    parts = preset.layers + EXTRA_MODULES
+    wanted = f"{stages} stages" if chunks == 1 else f"{stages} stages of {chunks} chunks"
+    most = parts // chunks
+    allowed = f"at most {most} stages; lower spec.stages" if most else f"at most {parts} chunks; lower chunksPerStage"
     return Verdict(
         Reason.TOO_FEW_LAYERS,
-        f"spec.stages: {case.spec.stages} stages for a model of {preset.layers} layers (with embedding and head {most} "
-        f"parts); allowed: at most {most} stages; lower spec.stages, or give spec.model.preset more layers",
+        f"spec.stages: {wanted} for a model of {preset.layers} layers (with embedding and head {parts} parts); "
+        f"allowed: {allowed}, or give spec.model.preset more layers",
+    )
+
+
+def boundaries_lie_inside(case: Case) -> Verdict | None:
+    """The last boundary must leave a layer to the last chunk; the order is checked by the API server."""
+    preset, boundaries = case.spec.model.preset, case.spec.partition.boundaries
+    if preset is None or not boundaries or boundaries[-1] < preset.layers + EXTRA_MODULES:
+        return None
+    last = preset.layers + EXTRA_MODULES - 1
+    return Verdict(
+        Reason.INVALID_SPEC,
+        f"spec.partition.boundaries: {boundaries[-1]} is past the last of {last + 1} parts (embedding, {preset.layers} "
+        f"layers, head), counted from 0; allowed: 1 to {last}",
     )
 
 
@@ -94,18 +110,20 @@ def _template_problems(pod: Manifest) -> Iterator[str]:
 
 def claim_can_be_shared(case: Case) -> Verdict | None:
     """A claim that only one pod may mount serves one stage."""
-    if case.claim is None or not case.claim.one_pod or case.spec.stages == 1:
+    pods = case.spec.stages * case.spec.pipelines
+    if case.claim is None or not case.claim.one_pod or pods == 1:
         return None
     return Verdict(
         Reason.CLAIM_ACCESS_MODE,
         f'spec.checkpoint.volumeClaimName: claim "{case.claim.name}" has the access mode ReadWriteOncePod, but '
-        f"{case.spec.stages} stage pods mount it; allowed: ReadWriteMany, or ReadWriteOnce with all stages "
+        f"{pods} stage pods mount it; allowed: ReadWriteMany, or ReadWriteOnce with all stages "
         "on one node",
     )
 
 
 CHAIN: tuple[Callable[[Case], Verdict | None], ...] = (
     enough_layers,
+    boundaries_lie_inside,
     configuration_fits,
     template_leaves_ours_alone,
     claim_can_be_shared,

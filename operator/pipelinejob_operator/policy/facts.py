@@ -1,7 +1,7 @@
 """What the rules decide on: plain values, read from manifests, without any of their depth."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -12,9 +12,12 @@ from pipelinejob_operator.build.names import (
     ATTEMPT_LABEL,
     GATE,
     MEMBERSHIP_ANNOTATION,
+    PIPELINE_LABEL,
+    PIPELINES_LABEL,
     STAGE_LABEL,
     STAGES_LABEL,
 )
+from pipelinejob_operator.build.place import Place, Shape
 from pipelinejob_worker.protocol import WORKER_CONTAINER, ExitCode, Progress, Termination
 
 Manifest = dict[str, Any]
@@ -76,8 +79,7 @@ class StagePod:
 
     name: str
     uid: str
-    stage: int
-    stages: int
+    place: Place
     attempt: int
     node: str = ""
     address: str = ""
@@ -128,8 +130,7 @@ class StagePod:
         return cls(
             name=meta["name"],
             uid=meta["uid"],
-            stage=int(labels[STAGE_LABEL]),
-            stages=int(labels[STAGES_LABEL]),
+            place=_place(labels),
             attempt=int(labels[ATTEMPT_LABEL]),
             node=spec.get("nodeName", ""),
             address=status.get("podIP", ""),
@@ -148,6 +149,12 @@ class StagePod:
             started="running" in state,
             active=_active(status),
         )
+
+
+def _place(labels: Mapping[str, str]) -> Place:
+    """Read a pod's place; operators before protocol 3 made one pipeline and did not label it."""
+    shape = Shape(int(labels[STAGES_LABEL]), int(labels.get(PIPELINES_LABEL, "1")))
+    return Place(int(labels[STAGE_LABEL]), int(labels.get(PIPELINE_LABEL, "0")), shape)
 
 
 def _active(status: Manifest) -> bool:
@@ -189,7 +196,7 @@ class Claim:
 class Failure:
     """The failure that came first, in the words of ``status.firstFailure``."""
 
-    stage: int
+    place: Place
     node: str
     pod: str
     exit_code: int
@@ -204,4 +211,4 @@ class Failure:
         how = f" with exit code {self.exit_code}" if self.exit_code else ""
         detail = f": {self.message}" if self.message else ""
         log = f"; last log lines: {' | '.join(self.log_tail[-3:])}" if self.log_tail else ""
-        return f"stage {self.stage} (pod {self.pod}){where} failed{how} ({self.reason}){detail}{log}"
+        return f"{self.place} (pod {self.pod}){where} failed{how} ({self.reason}){detail}{log}"

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from enum import Enum, auto
 
 from pipelinejob_operator.build.names import pod_name
+from pipelinejob_operator.build.place import Place, Shape
 from pipelinejob_operator.policy.facts import Failure, StagePod
 from pipelinejob_worker.protocol import ExitCode
 
@@ -56,7 +57,7 @@ class Look:
     """What the pods alone do not say."""
 
     job: str
-    stages: int
+    shape: Shape
     attempt: int
     protocol: bool
     """Whether the pods run our agent, so that exit codes mean what ``ExitCode`` says."""
@@ -66,14 +67,14 @@ class Look:
 
 
 def first(gang: Mapping[int, StagePod], look: Look) -> Finding | None:
-    """Find what failed first in a gang (stage to pod) that was complete once; None while nothing is wrong."""
-    causes = [cause for stage in range(look.stages) if (cause := _cause(stage, gang.get(stage), look))]
+    """Find what failed first in a gang (rank to pod) that was complete once; None while nothing is wrong."""
+    causes = [cause for place in look.shape.places() if (cause := _cause(place, gang.get(place.rank), look))]
     if final := [cause for cause in causes if cause.answer is Answer.FAIL]:
         return Finding(Answer.FAIL, final[0].failure)
     if causes:
-        earliest = min(causes, key=lambda cause: (cause.at, cause.failure.stage))
+        earliest = min(causes, key=lambda cause: (cause.at, cause.failure.place.rank))
         return Finding(earliest.answer, earliest.failure)
-    pods = [gang[stage] for stage in sorted(gang)]
+    pods = [gang[rank] for rank in sorted(gang)]
     leaving = [pod for pod in pods if pod.gone_by and pod.ended is None]
     if leaving:
         last = max(pod.gone_by for pod in leaving if pod.gone_by)
@@ -82,11 +83,11 @@ def first(gang: Mapping[int, StagePod], look: Look) -> Finding | None:
     return _without_cause(victims, pods, look) if victims else None
 
 
-def _cause(stage: int, pod: StagePod | None, look: Look) -> _Cause | None:
+def _cause(place: Place, pod: StagePod | None, look: Look) -> _Cause | None:
     """What a stage's own pod says: a cause, or None when it is well, a victim, or still on its way out."""
     if pod is None:
-        name = pod_name(look.job, stage, look.attempt)
-        gone = Failure(stage, "", name, 0, "PodLost", "the pod is gone; somebody deleted it")
+        name = pod_name(look.job, place, look.attempt)
+        gone = Failure(place, "", name, 0, "PodLost", "the pod is gone; somebody deleted it")
         return _Cause(Answer.RESTART, look.now, gone)
     if pod.ended:
         return _ended(pod, look)
@@ -104,7 +105,7 @@ def _ended(pod: StagePod, look: Look) -> _Cause | None:
         return None
     at = ended.at or look.now
     told = Failure(
-        pod.stage,
+        pod.place,
         pod.node,
         pod.name,
         ended.exit_code,
@@ -133,7 +134,7 @@ def _lost(pod: StagePod, why: str) -> Failure:
         "NodeLost": f"node {pod.node} does not answer",
         "Deleted": "somebody deleted the pod",
     }.get(pod.disruption or why, f"the pod was taken away ({pod.disruption or why})")
-    return Failure(pod.stage, pod.node, pod.name, code, "PodLost", words, step)
+    return Failure(pod.place, pod.node, pod.name, code, "PodLost", words, step)
 
 
 def _without_cause(victims: Sequence[StagePod], gang: Sequence[StagePod], look: Look) -> Finding:
@@ -142,15 +143,15 @@ def _without_cause(victims: Sequence[StagePod], gang: Sequence[StagePod], look: 
         if pod.ended is None and pod.node in look.unready_nodes:
             return Finding(Answer.RESTART, _lost(pod, "NodeLost"))
     since = min(_times(victims), default=look.now)
-    early = min(victims, key=lambda pod: ((pod.ended and pod.ended.at) or look.now, pod.stage))
+    early = min(victims, key=lambda pod: ((pod.ended and pod.ended.at) or look.now, pod.place.rank))
     silent = next((pod for pod in gang if pod.ended is None), None)
     if silent:
         message = "its peers lost it, and it neither answers nor ends"
-        failure = Failure(silent.stage, silent.node, silent.name, 0, "PeerLost", message)
+        failure = Failure(silent.place, silent.node, silent.name, 0, "PeerLost", message)
     else:
         assert early.ended is not None
         failure = Failure(
-            early.stage,
+            early.place,
             early.node,
             early.name,
             early.ended.exit_code,

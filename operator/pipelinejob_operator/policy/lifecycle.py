@@ -13,9 +13,9 @@ def finished(conditions: Sequence[Condition]) -> bool:
     return any(item.type == ConditionType.SUCCEEDED and item.status != "Unknown" for item in conditions)
 
 
-def succeeded(gang: Mapping[int, StagePod], stages: int) -> bool:
-    """Whether every stage ended with exit code 0."""
-    return all((pod := gang.get(stage)) is not None and pod.succeeded for stage in range(stages))
+def succeeded(gang: Mapping[int, StagePod], size: int) -> bool:
+    """Whether every stage of a gang (rank to pod) of ``size`` pods ended with exit code 0."""
+    return all((pod := gang.get(rank)) is not None and pod.succeeded for rank in range(size))
 
 
 def deadline(spec: Spec, status: Status) -> datetime | None:

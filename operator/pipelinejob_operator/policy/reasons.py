@@ -18,12 +18,17 @@ class _Meaningful(StrEnum):
 
 
 class ConditionType(_Meaningful):
-    """The conditions of a PipelineJob; all are present from the operator's first visit."""
+    """The conditions of a PipelineJob; present from the operator's first visit, Checkpointed where a volume is set."""
 
     ACCEPTED = "Accepted", "The spec can run; False names the field and the cure, and nothing runs."
     PLACED = "Placed", "Every stage pod of the present attempt exists and has a node."
     RUNNING = "Running", "Every stage is ready: the pipeline works on steps."
     SUSPENDED = "Suspended", "spec.suspend is set and no stage pod is left."
+    CHECKPOINTED = (
+        "Checkpointed",
+        "The newest checkpoint is whole on the volume; False tells why one was not written or not used. Absent without "
+        "spec.checkpoint.volumeClaimName.",
+    )
     SUCCEEDED = "Succeeded", "Unknown while the job is active; True or False is final."
 
 
@@ -34,7 +39,8 @@ class Reason(_Meaningful):
     VALID = "Valid", "Every rule is met."
     TOO_FEW_LAYERS = (
         "TooFewLayers",
-        "The model has fewer layers than stages. Lower spec.stages, or give the model more layers.",
+        "The model has fewer layers than all stages have chunks. Lower spec.stages or chunksPerStage, or give the "
+        "model more layers.",
     )
     INVALID_TEMPLATE = (
         "InvalidTemplate",
@@ -104,12 +110,24 @@ class Reason(_Meaningful):
     RESTARTING = "Restarting", "A stage failed; the whole gang is replaced after a back-off."
     REPLACING = (
         "Replacing",
-        "The gang is replaced, not because of a failure: other stages, a resume, or a drained node.",
+        "The gang is replaced, not because of a failure: other stages or pipelines, a resume, or a drained node.",
     )
     # Suspended
     NOT_SUSPENDED = "NotSuspended", "spec.suspend is not set."
     SUSPENDED = "Suspended", "spec.suspend is set and no stage pod is left."
     STOPPING = "Stopping", "The stage pods have been told to stop and are on their way out."
+    # Checkpointed
+    SAVED = "Saved", "The newest checkpoint is whole on the volume."
+    NOT_SAVED_YET = "NotSavedYet", "No checkpoint has been written yet."
+    CHECKPOINT_FAILED = (
+        "CheckpointFailed",
+        "A checkpoint could not be written, for instance because the volume is full or read-only. Training goes on, "
+        "and the checkpoint before stays the newest; the message says what to mend.",
+    )
+    CHECKPOINT_DAMAGED = (
+        "CheckpointDamaged",
+        "A checkpoint on the volume is damaged, so the job went on from the one before. The message names the file.",
+    )
     # Succeeded
     ACTIVE = "Active", "The job has not finished."
     ALL_STAGES_SUCCEEDED = "AllStagesSucceeded", "Every stage ended with exit code 0."

@@ -78,6 +78,8 @@ async def test_a_job_runs_shows_its_progress_and_succeeds(
             "loss": "2.31",
             "tokensPerSecond": "14.2k",
             "bubble": "29%",
+            "bubbleLimit": "27%",
+            "modelFlops": "",
         }
         assert [stage["layers"] for stage in job["status"]["stages"]] == ["0-2", "3-5", "6-9"]
 
@@ -163,6 +165,7 @@ async def test_a_failed_stage_restarts_the_gang_until_the_budget_is_spent(
                 assert job["status"]["attempt"] == 1
                 assert job["status"]["firstFailure"] == {
                     "stage": 1,
+                    "pipeline": 0,
                     "node": "node-1",
                     "pod": "tiny-s1-a0",
                     "exitCode": 1,

@@ -52,9 +52,17 @@ def test_omitted_sections_get_their_defaults() -> None:
     assert "default" not in spec["template"], "an absent template stays absent"
 
 
-def test_the_api_server_invents_no_status() -> None:
-    for path, node in nodes(crd.structural_schema()["properties"]["status"], "status"):
-        assert "default" not in node, path
+def test_the_api_server_invents_no_status_but_keys_that_entries_of_older_operators_lack() -> None:
+    status = crd.structural_schema()["properties"]["status"]
+    invented = {path: node["default"] for path, node in nodes(status, "status") if "default" in node}
+    assert invented == {"status.stages[].pipeline": 0}
+
+
+def test_every_key_of_a_list_is_required_or_has_a_default() -> None:
+    for path, node in nodes(crd.structural_schema()):
+        for key in node.get("x-kubernetes-list-map-keys", []):
+            items = node["items"]
+            assert key in items["required"] or "default" in items["properties"][key], f"{path}: {key}"
 
 
 def test_every_rule_blames_a_field() -> None:

@@ -77,13 +77,9 @@ def test_every_metric_of_the_operator_is_explained() -> None:
 
 
 def test_every_metric_of_a_stage_is_explained() -> None:
-    progress = Progress(
-        loss=1,
-        tokens_per_second=1,
-        bubble_percent=1,
-        bubble_limit_percent=1,
-        stages=[StageTiming(stage=0, busy_percent=1)],
-    )
+    shares = {name: 1 for name, field in StageTiming.model_fields.items() if field.annotation == int | None}
+    numbers = {name: 1 for name, field in Progress.model_fields.items() if field.annotation == float | None}
+    progress = Progress(**numbers, stages=[StageTiming(stage=0, busy_percent=1, **shares)])
     told = agent_metrics(AgentStatus(job_uid="1", stage=0, epoch=1, state="Running", progress=progress))
     served = re.findall(r"^# TYPE (\w+) (\w+)$", told, re.MULTILINE)
     assert [(name, kind) for name, kind, _, _ in table(METRICS, "Stages")] == served

@@ -8,12 +8,14 @@ from pipelinejob_operator.api.v1alpha1 import Status
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.names import pod_name
+from pipelinejob_operator.build.place import Place, Shape
 from pipelinejob_operator.controller.observed import Observed
 from pipelinejob_operator.controller.plan import Plan, plan
 from pipelinejob_operator.policy.facts import Ended, StagePod
 
 NOW = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
 UID = "job-uid"
+THREE = Shape(3)
 INSTALLATION = Installation(worker_image="worker:1", operator_namespace="operators")
 
 
@@ -46,16 +48,21 @@ def job(status: Status | None = None, **spec: Any) -> Job:
     return Job.read(manifest(status, **spec))
 
 
-def pod(stage: int, attempt: int = 0, **facts: Any) -> StagePod:
+def place(stage: int, pipeline: int = 0, shape: Shape = THREE) -> Place:
+    """A place among three stages, unless the test says otherwise."""
+    return Place(stage, pipeline, shape)
+
+
+def pod(stage: int, attempt: int = 0, *, pipeline: int = 0, shape: Shape = THREE, **facts: Any) -> StagePod:
     """A pod that is ready on its node, unless the test says otherwise."""
+    where = place(stage, pipeline, shape)
     healthy: dict[str, Any] = {
-        "name": pod_name("tiny", stage, attempt),
-        "uid": f"uid-{stage}-{attempt}",
-        "stage": stage,
-        "stages": 3,
+        "name": pod_name("tiny", where, attempt),
+        "uid": f"uid-{where.rank}-{attempt}",
+        "place": where,
         "attempt": attempt,
-        "node": f"node-{stage}",
-        "address": f"10.0.0.{stage}",
+        "node": f"node-{where.rank}",
+        "address": f"10.0.0.{where.rank}",
         "phase": "Running",
         "ready": True,
         "scheduled": True,
@@ -65,11 +72,12 @@ def pod(stage: int, attempt: int = 0, **facts: Any) -> StagePod:
     return StagePod(**(healthy | facts))
 
 
-def gated(stage: int, attempt: int = 0) -> StagePod:
+def gated(stage: int, attempt: int = 0, **facts: Any) -> StagePod:
     """A pod as it is right after its creation."""
     return pod(
         stage,
         attempt,
+        **facts,
         node="",
         address="",
         phase="Pending",

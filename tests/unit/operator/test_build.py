@@ -4,17 +4,21 @@ from typing import Any
 
 import pytest
 
+from pipelinejob_operator.api.v1alpha1 import MAX_NAME, MAX_PIPELINES, MAX_PODS
+from pipelinejob_operator.build.names import pod_name
 from pipelinejob_operator.build.network import network_objects, network_policy, service
+from pipelinejob_operator.build.place import Shape
 from pipelinejob_operator.build.pods import stage_pod
 from pipelinejob_operator.placement.affinity import near_neighbours
 from pipelinejob_worker.protocol import Env, WorkerConfig
-from tests.unit.operator.builders import INSTALLATION, job
+from tests.unit.operator.builders import INSTALLATION, job, place
 
 LEVELS = ("topology.kubernetes.io/zone", "kubernetes.io/hostname")
 
 
-def built(stage: int = 1, share_host: bool = False, **spec: Any) -> dict[str, Any]:
-    return stage_pod(job(**spec), stage, INSTALLATION, share_host=share_host)
+def built(rank: int = 1, share_host: bool = False, **spec: Any) -> dict[str, Any]:
+    some = job(**spec)
+    return stage_pod(some, some.shape.places()[rank], INSTALLATION, share_host=share_host)
 
 
 def worker(pod: dict[str, Any]) -> dict[str, Any]:
@@ -30,6 +34,10 @@ def environment(pod: dict[str, Any]) -> dict[str, str]:
 
 def template(**container: Any) -> dict[str, Any]:
     return {"spec": {"containers": [{"name": "worker", **container}]}}
+
+
+def hugging_face(path: str) -> dict[str, Any]:
+    return {"huggingFace": {"path": path, "context": 32}}
 
 
 class TestStagePod:
@@ -50,11 +58,27 @@ class TestStagePod:
         assert (owner["kind"], owner["uid"], owner["controller"]) == ("PipelineJob", "job-uid", True)
 
     def test_its_environment_is_the_classic_one(self) -> None:
-        found = environment(built(stage=2))
+        found = environment(built(rank=2))
         assert set(Env) <= set(found)
         assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("2", "3", "0")
         assert found["MASTER_ADDR"] == "tiny-s0-a0.tiny.team.svc"
         assert found["OMP_NUM_THREADS"] == "1"
+
+    def test_a_stage_of_the_second_pipeline_knows_its_place_and_meets_the_others_at_the_first(self) -> None:
+        pod = built(rank=5, pipelines=2)
+        assert pod["metadata"]["name"] == pod["spec"]["hostname"] == "tiny-p1-s2-a0"
+        assert pod["metadata"]["labels"]["pipelinejob.dev/pipeline"] == "1"
+        found = environment(pod)
+        assert (found["RANK"], found["WORLD_SIZE"]) == ("5", "6")
+        assert (found["PIPELINE_STAGE"], found["PIPELINE_STAGES"]) == ("2", "3")
+        assert (found["PIPELINE_INDEX"], found["PIPELINE_COUNT"]) == ("1", "2")
+        assert found["MASTER_ADDR"] == "tiny-p0-s0-a0.tiny.team.svc"
+
+    def test_the_longest_name_of_a_pod_is_a_dns_label(self) -> None:
+        widest = Shape(MAX_PODS // MAX_PIPELINES, MAX_PIPELINES)
+        longest = pod_name("j" * MAX_NAME, widest.places()[-1], 10**9)
+        assert longest.endswith("-p63-s7-a1000000000")
+        assert max(map(len, (longest, pod_name("j" * MAX_NAME, Shape(256, 2).places()[-1], 10**9)))) <= 63
 
     def test_every_stage_is_told_what_to_train(self) -> None:
         config = WorkerConfig.model_validate_json(built()["metadata"]["annotations"]["pipelinejob.dev/config"])
@@ -81,6 +105,20 @@ class TestStagePod:
         assert (found["NCCL_SOCKET_IFNAME"], found["GLOO_SOCKET_IFNAME"]) == ("eth1", "eth1")
         nccl = [{"name": "NCCL_SOCKET_IFNAME", "value": "ib0"}]
         assert environment(built(network={"interface": "eth1", "nccl": nccl}))["NCCL_SOCKET_IFNAME"] == "ib0"
+
+    def test_a_model_from_a_directory_never_asks_the_hub_and_caches_in_scratch_space(self) -> None:
+        found = environment(built(model=hugging_face("/models/llama")))
+        assert found["HF_HOME"].startswith("/tmp/")
+        assert (found["HF_HUB_OFFLINE"], found["HF_HUB_DISABLE_TELEMETRY"]) == ("1", "1")
+
+    def test_a_model_from_the_hub_is_downloaded_into_scratch_space(self) -> None:
+        found = environment(built(model=hugging_face("Qwen/Qwen3-0.6B")))
+        assert found["HF_HOME"].startswith("/tmp/")
+        assert "HF_HUB_OFFLINE" not in found
+
+    def test_the_users_own_cache_of_the_hub_wins(self) -> None:
+        given = template(env=[{"name": "HF_HOME", "value": "/cache"}])
+        assert environment(built(model=hugging_face("Qwen/Qwen3-0.6B"), template=given))["HF_HOME"] == "/cache"
 
     def test_a_dead_node_is_left_after_30_seconds(self) -> None:
         assert [item["tolerationSeconds"] for item in built()["spec"]["tolerations"]] == [30, 30]
@@ -122,8 +160,8 @@ class TestTemplate:
     def test_building_does_not_change_the_template(self) -> None:
         given = template(resources={"limits": {"cpu": "1"}}, env=[{"name": "A", "value": "1"}])
         some = job(template=given)
-        first = stage_pod(some, 0, INSTALLATION, share_host=False)
-        assert stage_pod(some, 0, INSTALLATION, share_host=False) == first
+        first = stage_pod(some, place(0), INSTALLATION, share_host=False)
+        assert stage_pod(some, place(0), INSTALLATION, share_host=False) == first
 
     def test_a_users_label_cannot_pretend_to_be_another_job(self) -> None:
         pod = built(template={"metadata": {"labels": {"pipelinejob.dev/job-uid": "other"}}})
@@ -169,7 +207,7 @@ class TestTemplate:
 
 class TestAffinity:
     def test_neighbours_draw_each_other_most_at_the_narrowest_level(self) -> None:
-        terms = near_neighbours(built(stage=1)["metadata"]["labels"], 3, LEVELS)
+        terms = near_neighbours(built(rank=1)["metadata"]["labels"], 3, LEVELS)
         assert [(term["weight"], term["podAffinityTerm"]["topologyKey"]) for term in terms] == [
             (50, "topology.kubernetes.io/zone"),
             (100, "kubernetes.io/hostname"),
@@ -179,11 +217,19 @@ class TestAffinity:
 
     @pytest.mark.parametrize(("stage", "neighbours"), [(0, ["1"]), (2, ["1"])])
     def test_the_ends_of_the_chain_have_one_neighbour(self, stage: int, neighbours: list[str]) -> None:
-        terms = near_neighbours(built(stage=stage)["metadata"]["labels"], 3, LEVELS)
+        terms = near_neighbours(built(rank=stage)["metadata"]["labels"], 3, LEVELS)
         assert terms[0]["podAffinityTerm"]["labelSelector"]["matchExpressions"][0]["values"] == neighbours
 
+    def test_neighbours_are_those_of_the_own_pipeline(self) -> None:
+        terms = near_neighbours(built(rank=4, pipelines=2)["metadata"]["labels"], 3, LEVELS)
+        assert terms[0]["podAffinityTerm"]["labelSelector"]["matchLabels"] == {
+            "pipelinejob.dev/job-uid": "job-uid",
+            "pipelinejob.dev/attempt": "0",
+            "pipelinejob.dev/pipeline": "1",
+        }
+
     def test_a_job_of_one_stage_has_no_neighbours(self) -> None:
-        assert "affinity" not in built(stage=0, stages=1)["spec"]
+        assert "affinity" not in built(rank=0, stages=1)["spec"]
 
     def test_the_users_own_affinity_stays(self) -> None:
         node = {"nodeAffinity": {"x": "y"}, "podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{}]}}
@@ -217,6 +263,13 @@ class TestNetwork:
         own, dns = network_policy(job(), INSTALLATION)["spec"]["egress"]
         assert own == {"to": [{"podSelector": {"matchLabels": {"pipelinejob.dev/job-uid": "job-uid"}}}]}
         assert dns == {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]}
+
+    @pytest.mark.parametrize(
+        ("path", "open_ports"), [("Qwen/Qwen3-0.6B", [443]), ("gpt2", [443]), ("/models/llama", [])]
+    )
+    def test_it_lets_out_to_https_where_the_model_comes_from_a_hub(self, path: str, open_ports: list[int]) -> None:
+        _, _, *more = network_policy(job(model=hugging_face(path)), INSTALLATION)["spec"]["egress"]
+        assert more == [{"ports": [{"protocol": "TCP", "port": port}]} for port in open_ports]
 
     def test_no_policy_is_made_where_it_is_disabled(self) -> None:
         made = network_objects(job(network={"networkPolicy": "Disabled"}), INSTALLATION)

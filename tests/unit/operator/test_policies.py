@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 import pytest
 
 from pipelinejob_operator.api.v1alpha1 import FirstFailure, Recovery, Spec
+from pipelinejob_operator.build.place import Place, Shape
 from pipelinejob_operator.policy import acceptance, failure, restart
 from pipelinejob_operator.policy.facts import Claim, Ended, Failure, Manifest, StagePod
 from pipelinejob_operator.policy.reasons import ConditionType, Reason
 from pipelinejob_worker.protocol import ExitCode, Termination
-from tests.unit.operator.builders import NOW, ended, leaving, manifest, pod, seconds
+from tests.unit.operator.builders import NOW, ended, leaving, manifest, place, pod, seconds
 
 PEER_LOST, DRAINED, CONFIGURATION = ExitCode.PEER_LOST, ExitCode.DRAINED, ExitCode.CONFIGURATION
 
@@ -26,6 +27,29 @@ class TestAcceptance:
     @pytest.mark.parametrize(("stages", "refused"), [(3, False), (10, False), (11, True)])
     def test_every_stage_needs_a_layer_or_the_embedding_or_the_head(self, stages: int, refused: bool) -> None:
         assert accept(stages=stages).startswith("TooFewLayers: spec.stages: 11 stages") == refused
+
+    @pytest.mark.parametrize(
+        ("stages", "chunks", "words"), [(5, 2, ""), (6, 2, "at most 5 stages"), (2, 12, "at most 10")]
+    )
+    def test_every_chunk_of_every_stage_needs_one(self, stages: int, chunks: int, words: str) -> None:
+        train = manifest()["spec"]["train"] | {"schedule": {"name": "LoopedBFS", "chunksPerStage": chunks}}
+        refused = accept(stages=stages, train=train)
+        if words:
+            assert refused.startswith(f"TooFewLayers: spec.stages: {stages} stages of {chunks} chunks")
+            assert f"allowed: {words}" in refused
+        else:
+            assert refused == ""
+
+    @pytest.mark.parametrize(
+        "model", [{"huggingFace": {"path": "gpt2", "context": 32}}, {"module": {"function": "m:f"}}]
+    )
+    def test_of_other_models_the_worker_counts_the_layers(self, model: dict[str, Any]) -> None:
+        assert accept(stages=100, model=model) == ""
+
+    @pytest.mark.parametrize(("last", "refused"), [(9, False), (10, True)])
+    def test_the_last_boundary_leaves_a_layer_to_the_last_stage(self, last: int, refused: bool) -> None:
+        found = accept(partition={"strategy": "Manual", "boundaries": [2, last]})
+        assert found.startswith(f"InvalidSpec: spec.partition.boundaries: {last} is past the last of 10") == refused
 
     @pytest.mark.parametrize(
         ("pod_spec", "word"),
@@ -62,16 +86,17 @@ class TestAcceptance:
         assert accept({"spec": pod_spec}) == ""
 
     @pytest.mark.parametrize(
-        ("mode", "stages", "refused"),
+        ("mode", "stages", "pipelines", "refused"),
         [
-            ("ReadWriteOncePod", 3, True),
-            ("ReadWriteOncePod", 1, False),
-            ("ReadWriteOnce", 3, False),
-            ("ReadWriteMany", 3, False),
+            ("ReadWriteOncePod", 3, 1, True),
+            ("ReadWriteOncePod", 1, 1, False),
+            ("ReadWriteOncePod", 1, 2, True),
+            ("ReadWriteOnce", 3, 1, False),
+            ("ReadWriteMany", 3, 1, False),
         ],
     )
-    def test_a_claim_for_one_pod_serves_one_stage(self, mode: str, stages: int, refused: bool) -> None:
-        found = accept(claim=Claim("saves", frozenset({mode})), stages=stages)
+    def test_a_claim_for_one_pod_serves_one_stage(self, mode: str, stages: int, pipelines: int, refused: bool) -> None:
+        found = accept(claim=Claim("saves", frozenset({mode})), stages=stages, pipelines=pipelines)
         assert found.startswith("ClaimAccessMode: ") == refused
 
     def test_the_configuration_must_fit_into_an_annotation(self) -> None:
@@ -84,8 +109,8 @@ class TestAcceptance:
 def find(
     *pods: StagePod, now: datetime = NOW, protocol: bool = True, unready: frozenset[str] = frozenset()
 ) -> failure.Finding | None:
-    look = failure.Look("tiny", 3, 0, protocol, unready, now)
-    return failure.first({item.stage: item for item in pods}, look)
+    look = failure.Look("tiny", pods[0].place.shape, 0, protocol, unready, now)
+    return failure.first({item.place.rank: item for item in pods}, look)
 
 
 class TestFailure:
@@ -96,22 +121,42 @@ class TestFailure:
         early = NOW - seconds(2)
         found = find(ended(0, PEER_LOST, at=early), ended(1, 1), ended(2, PEER_LOST, at=early))
         assert found is not None
-        assert (found.answer, found.failure.stage) == (failure.Answer.RESTART, 1)
+        assert (found.answer, found.failure.place.stage) == (failure.Answer.RESTART, 1)
 
     def test_of_two_failures_the_earlier_is_the_cause(self) -> None:
         found = find(ended(0, 1, at=NOW), pod(1), ended(2, 1, at=NOW - seconds(1)))
         assert found is not None
-        assert found.failure.stage == 2
+        assert found.failure.place.stage == 2
 
     def test_of_two_failures_in_the_same_second_the_earlier_stage_is_named(self) -> None:
         found = find(pod(0), ended(1, 1), ended(2, 1))
         assert found is not None
-        assert found.failure.stage == 1
+        assert found.failure.place.stage == 1
+
+    def test_a_failure_in_another_pipeline_is_named_with_its_place(self) -> None:
+        two = Shape(2, 2)
+        found = find(
+            ended(0, PEER_LOST, shape=two),
+            ended(1, PEER_LOST, shape=two),
+            ended(0, 1, pipeline=1, shape=two),
+            pod(1, pipeline=1, shape=two),
+        )
+        assert found is not None
+        assert (
+            found.failure.sentence()
+            == "stage 0 of pipeline 1 (pod tiny-p1-s0-a0) on node node-2 failed with exit code 1 (Error)"
+        )
+
+    def test_a_missing_pod_of_another_pipeline_is_lost(self) -> None:
+        two = Shape(1, 2)
+        found = find(pod(0, shape=two))
+        assert found is not None
+        assert (found.failure.pod, found.failure.place) == ("tiny-p1-s0-a0", place(0, 1, two))
 
     def test_an_unfit_configuration_beats_every_other_failure(self) -> None:
         found = find(ended(0, 1, at=NOW - seconds(9)), ended(1, CONFIGURATION), pod(2))
         assert found is not None
-        assert (found.answer, found.failure.stage) == (failure.Answer.FAIL, 1)
+        assert (found.answer, found.failure.place.stage) == (failure.Answer.FAIL, 1)
 
     def test_without_a_cause_it_waits_ten_seconds_for_one(self) -> None:
         victims = [ended(0, PEER_LOST), ended(1, PEER_LOST), pod(2)]
@@ -120,19 +165,23 @@ class TestFailure:
         assert (found.answer, found.recheck_at) == (failure.Answer.WAIT, NOW + seconds(10))
         found = find(*victims, now=NOW + seconds(10))
         assert found is not None
-        assert (found.answer, found.failure.stage, found.failure.reason) == (failure.Answer.RESTART, 2, "PeerLost")
+        assert (found.answer, found.failure.place.stage, found.failure.reason) == (
+            failure.Answer.RESTART,
+            2,
+            "PeerLost",
+        )
 
     def test_when_all_lost_each_other_the_first_to_notice_is_named(self) -> None:
         pods = [ended(0, PEER_LOST), ended(1, PEER_LOST, at=NOW - seconds(3)), ended(2, PEER_LOST)]
         found = find(*pods, now=NOW + seconds(10))
         assert found is not None
-        assert (found.failure.stage, found.failure.exit_code) == (1, 75)
+        assert (found.failure.place.stage, found.failure.exit_code) == (1, 75)
         assert "network" in found.failure.message
 
     def test_a_silent_stage_on_a_dead_node_is_not_waited_for(self) -> None:
         found = find(ended(0, PEER_LOST), pod(1), pod(2), unready=frozenset({"node-2"}))
         assert found is not None
-        assert (found.answer, found.failure.stage, found.failure.reason) == (failure.Answer.RESTART, 2, "PodLost")
+        assert (found.answer, found.failure.place.stage, found.failure.reason) == (failure.Answer.RESTART, 2, "PodLost")
 
     def test_a_dead_node_alone_is_no_failure_because_its_pods_may_well_work_on(self) -> None:
         assert find(pod(0), pod(1), pod(2), unready=frozenset({"node-2"})) is None
@@ -140,7 +189,7 @@ class TestFailure:
     def test_a_missing_pod_is_lost(self) -> None:
         found = find(pod(0), pod(2))
         assert found is not None
-        assert (found.answer, found.failure.stage, found.failure.reason) == (failure.Answer.RESTART, 1, "PodLost")
+        assert (found.answer, found.failure.place.stage, found.failure.reason) == (failure.Answer.RESTART, 1, "PodLost")
 
     def test_an_evicted_pod_is_lost(self) -> None:
         gone = pod(1, phase="Failed", ready=False, reason="Evicted", message="The node was low on memory")
@@ -202,7 +251,7 @@ class TestRestart:
         self, previous_step: int | None, step: int, reached: int, row: int
     ) -> None:
         previous = None if previous_step is None else FirstFailure(stage=0, step=previous_step)
-        failed = Failure(0, "node-0", "tiny-s0-a0", 1, "Error", step=step)
+        failed = Failure(place(0), "node-0", "tiny-s0-a0", 1, "Error", step=step)
         assert restart.in_a_row(3, previous, failed, reached) == row
 
 
@@ -257,6 +306,24 @@ class TestActive:
         status = {"phase": phase, "containerStatuses": named, "initContainerStatuses": sidecars}
         some = {"metadata": {"name": "tiny-s0-a0", "uid": "u", "labels": labels}, "status": status}
         assert StagePod.read(some).active is active
+
+
+class TestPlace:
+    LABELS: ClassVar = {"pipelinejob.dev/stage": "1", "pipelinejob.dev/stages": "3", "pipelinejob.dev/attempt": "0"}
+
+    def read(self, **labels: str) -> Place:
+        found = self.LABELS | {f"pipelinejob.dev/{name}": value for name, value in labels.items()}
+        return StagePod.read({"metadata": {"name": "tiny-s1-a0", "uid": "u", "labels": found}}).place
+
+    def test_labels_tell_it(self) -> None:
+        assert self.read(pipeline="1", pipelines="2") == place(1, 1, Shape(3, 2))
+
+    def test_pods_of_an_operator_that_knew_one_pipeline_are_of_that_one(self) -> None:
+        assert self.read() == place(1)
+
+    def test_ranks_go_down_one_pipeline_after_the_other(self) -> None:
+        assert [(item.pipeline, item.stage) for item in Shape(2, 2).places()] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        assert [item.rank for item in Shape(2, 2).places()] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", [ConditionType, Reason])

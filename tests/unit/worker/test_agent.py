@@ -178,7 +178,7 @@ def test_a_stage_leaves_when_its_group_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (membership(stage=1, stages=2).to_json(), "is of stage 1; allowed: this pod's stage 0"),
+        (membership(stage=1, stages=2).to_json(), "is of stage 1 of pipeline 0; allowed: this pod's stage 0 of"),
         (membership(oldest_reader=99).to_json(), "needs protocol 99 or newer; this worker image has"),
         ("{", "not valid"),
         ("[]", "not valid"),

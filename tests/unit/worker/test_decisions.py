@@ -31,6 +31,15 @@ def test_an_old_membership_of_another_stage_is_only_old() -> None:
     assert newer_membership(text(3, stage=1), 2, 4) is None
 
 
+def test_the_same_stage_of_another_pipeline_is_another_pods() -> None:
+    second = text(1, pipeline=1, pipelines=2)
+    assert newer_membership(second, 2, 0, pipeline=1).world_size == 8
+    with pytest.raises(
+        ConfigurationError, match="is of stage 2 of pipeline 1; allowed: this pod's stage 2 of pipeline 0"
+    ):
+        newer_membership(second, 2, 0)
+
+
 def test_a_member_that_a_newer_operator_added_does_no_harm() -> None:
     newer = json.loads(text(1)) | {"addedLater": {"x": 1}}
     assert newer_membership(json.dumps(newer), 2, 0).epoch == 1
@@ -66,6 +75,34 @@ def test_the_termination_message_holds_the_progress_and_of_few_stages_the_timing
         assert (message.progress.loss, len(message.progress.stages), len(message.log_tail)) == (1.5, kept, 8)
 
 
+def test_the_termination_message_fits_whatever_the_checkpoint_said() -> None:
+    timing = StageTiming(stage=0, busy_percent=50, layers=",".join(f"{n}-{n + 2}" for n in range(0, 48, 3)))
+    progress = Progress(step=7, checkpoint_problem="\x00" * 4096, stages=(timing,) * 8)
+    content = termination(1, Ending(1, "Error", "why"), progress, ["x"] * 8)
+    message = Termination.model_validate_json(content)
+    assert len(content) <= 4096
+    assert message.message == "why"
+    assert message.progress is not None
+    assert message.progress.checkpoint_problem
+
+
+def test_metrics_have_base_units_and_the_times_of_the_own_stage() -> None:
+    timings = [StageTiming(stage=stage, busy_percent=70 + stage, waiting_percent=20) for stage in range(2)]
+    progress = Progress(step_seconds=1.25, model_tera_flops=0.5, model_flops_percent=41, checkpoint_problem="full")
+    progress = progress.model_copy(update={"stages": tuple(timings)})
+    lines = metrics(AgentStatus(job_uid="u", stage=1, epoch=3, state="Running", progress=progress)).splitlines()
+    for name, value in {
+        "step_seconds": 1.25,
+        "model_flops_per_second": 5e11,
+        "model_flops_ratio": 0.41,
+        "checkpoint_problem": 1.0,
+        "busy_ratio": 0.71,
+        "waiting_ratio": 0.2,
+    }.items():
+        assert f'pipelinejob_stage_{name}{{stage="1"}} {value}' in lines
+    assert not [line for line in lines if "forward" in line], "a worker of protocol 2 does not tell it"
+
+
 def test_metrics_leave_out_what_is_not_known() -> None:
     status = AgentStatus(job_uid="u", stage=1, epoch=3, state="Running", progress=Progress(step=5, total_steps=9))
     lines = metrics(status).splitlines()
@@ -80,6 +117,8 @@ def test_the_environment_says_which_stage_this_is() -> None:
         {"PIPELINE_STAGE": "2", "PIPELINEJOB_ATTEMPT": "1", "PIPELINEJOB_NAME": "j", "PIPELINEJOB_UID": "u"}
     )
     assert (settings.stage, settings.attempt, settings.job, settings.job_uid) == (2, 1, "j", "u")
+    assert settings.pipeline == 0, "operators of protocol 2 make one pipeline and do not number it"
+    assert from_environment({"PIPELINE_STAGE": "2", "PIPELINE_INDEX": "3"}).pipeline == 3
     with pytest.raises(ConfigurationError, match=r"PIPELINE_STAGE: '' is not a number.*start the pod through"):
         from_environment({})
     with pytest.raises(ConfigurationError, match="PIPELINE_STAGE: '-1' is not a number"):

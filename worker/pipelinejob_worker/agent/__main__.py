@@ -29,7 +29,7 @@ def main() -> int:
 
 def run(settings: Settings) -> int:
     """Run an agent with these settings; whatever happens, it leaves a termination message."""
-    configure(process="agent", job=settings.job, stage=settings.stage)
+    configure(process="agent", job=settings.job, stage=settings.stage, pipeline=settings.pipeline)
     try:
         return asyncio.run(supervise(settings))
     except Exception as error:

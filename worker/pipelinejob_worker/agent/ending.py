@@ -9,8 +9,8 @@ from pipelinejob_worker.protocol import TERMINATION_LIMIT_BYTES, ExitCode, Progr
 
 MESSAGE_CHARACTERS = 1024
 
-TIMINGS = 16
-"""Stages whose timings still leave room for the log."""
+TIMINGS_BYTES = 1536
+"""Most that the stages' timings may take of the termination message: the rest is for the log."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,14 @@ def of_worker(code: int, failure: Failed | None, progress: Progress) -> Ending:
 
 
 def termination(stage: int, ending: Ending, progress: Progress, tail: Sequence[str]) -> bytes:
-    """Render the termination message; what does not fit the limit is dropped: the timings of the other stages first,
-    then the oldest lines of ``tail``.
+    """Render the termination message within its limit.
+
+    What does not fit is dropped: timings that leave no room for the log, then the oldest lines of ``tail``, then the
+    ends of the long texts.
     """
-    message = ending.message[:MESSAGE_CHARACTERS]
-    lines = list(tail)
-    if len(progress.stages) > TIMINGS:
+    if sum(len(timing.to_json().encode()) for timing in progress.stages) > TIMINGS_BYTES:
         progress = progress.model_copy(update={"stages": ()})
+    message, problem, lines = ending.message[:MESSAGE_CHARACTERS], progress.checkpoint_problem, list(tail)
     while True:
         rendered = Termination(
             stage=stage,
@@ -62,7 +63,7 @@ def termination(stage: int, ending: Ending, progress: Progress, tail: Sequence[s
             reason=ending.reason,
             message=message,
             step=progress.step,
-            progress=progress,
+            progress=progress.model_copy(update={"checkpoint_problem": problem}),
             log_tail=lines,
         )
         content = rendered.to_json().encode()
@@ -70,5 +71,7 @@ def termination(stage: int, ending: Ending, progress: Progress, tail: Sequence[s
             return content
         if lines:
             lines.pop(0)
-        else:
+        elif len(message) >= len(problem):
             message = message[: len(message) // 2]
+        else:
+            problem = problem[: len(problem) // 2]

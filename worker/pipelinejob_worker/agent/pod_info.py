@@ -33,31 +33,31 @@ async def config(directory: Path) -> WorkerConfig:
     return parse(WorkerConfig, "configuration", text)
 
 
-async def memberships(directory: Path, stage: int) -> AsyncIterator[Membership]:
+async def memberships(directory: Path, stage: int, pipeline: int) -> AsyncIterator[Membership]:
     """Yield the membership whenever its epoch has grown, for ever. Raises as ``newer_membership`` does."""
     seen = 0
     while True:
-        membership = newer_membership(_read(directory / MEMBERSHIP_FILE), stage, seen)
+        membership = newer_membership(_read(directory / MEMBERSHIP_FILE), stage, seen, pipeline)
         if membership:
             seen = membership.epoch
             yield membership
         await asyncio.sleep(POLL_SECONDS)
 
 
-def newer_membership(text: str, stage: int, seen_epoch: int) -> Membership | None:
+def newer_membership(text: str, stage: int, seen_epoch: int, pipeline: int = 0) -> Membership | None:
     """Return the membership that ``text`` holds, or None when it is empty or not newer than ``seen_epoch``.
 
-    Raises ConfigurationError as ``parse`` does, or when it is of another stage.
+    Raises ConfigurationError as ``parse`` does, or when it is of another stage or pipeline.
     """
     if not text.strip():
         return None
     membership = parse(Membership, "membership", text)
     if membership.epoch <= seen_epoch:
         return None
-    if membership.stage != stage:
+    if (membership.stage, membership.pipeline) != (stage, pipeline):
         raise ConfigurationError(
-            f"membership: is of stage {membership.stage}; allowed: this pod's stage {stage}; delete the pod, "
-            "the operator makes a new one"
+            f"membership: is of stage {membership.stage} of pipeline {membership.pipeline}; allowed: this pod's stage "
+            f"{stage} of pipeline {pipeline}; delete the pod, the operator makes a new one"
         )
     return membership
 

@@ -28,6 +28,7 @@ class Settings:
     job_uid: str
     stage: int
     attempt: int
+    pipeline: int = 0
     pod_info: Path = Path(POD_INFO_DIRECTORY)
     checkpoint_directory: Path = Path(CHECKPOINT_DIRECTORY)
     termination_log: Path = Path(TERMINATION_LOG)
@@ -43,6 +44,7 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
         job_uid=environment.get(Env.JOB_UID, ""),
         stage=_integer(environment, Env.PIPELINE_STAGE),
         attempt=_integer(environment, Env.ATTEMPT, "0"),
+        pipeline=_integer(environment, Env.PIPELINE_INDEX, "0"),
     )
 
 

@@ -5,9 +5,12 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from pipelinejob_worker.protocol import AgentStatus
+from pipelinejob_worker.protocol import AgentStatus, StageTiming
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_Gauge = tuple[str, str, float | None]
+"""Name after ``pipelinejob_stage_``, explanation, value."""
 
 
 @asynccontextmanager
@@ -47,34 +50,58 @@ async def serve(port: int, status: Callable[[], AgentStatus]) -> AsyncIterator[i
 
 def metrics(status: AgentStatus) -> str:
     """Render a status in the text format of Prometheus; what is not known yet is left out."""
-    progress = status.progress
-    busy = [timing.busy_percent for timing in progress.stages if timing.stage == status.stage]
-    gauges: list[tuple[str, str, float | None]] = [
-        ("pipelinejob_stage_running", "Whether the stage trains in its group.", float(status.state == "Running")),
-        ("pipelinejob_stage_epoch", "Epoch of the membership that the stage obeys.", status.epoch),
-        ("pipelinejob_stage_step", "Finished optimizer steps.", progress.step),
-        ("pipelinejob_stage_total_steps", "Optimizer steps of the whole job.", progress.total_steps),
-        ("pipelinejob_stage_last_checkpoint_step", "Step of the newest checkpoint.", progress.last_checkpoint_step),
-        ("pipelinejob_stage_loss", "Loss of the last finished step.", progress.loss),
-        ("pipelinejob_stage_tokens_per_second", "Tokens trained in a second.", progress.tokens_per_second),
-        ("pipelinejob_stage_bubble_ratio", "Idle share of all stages.", _ratio(progress.bubble_percent)),
-        (
-            "pipelinejob_stage_bubble_limit_ratio",
-            "Idle share that the schedule allows at best.",
-            _ratio(progress.bubble_limit_percent),
-        ),
-        ("pipelinejob_stage_busy_ratio", "Share of a step in which the stage computes.", _ratio(*busy[:1])),
-    ]
+    own = next((timing for timing in status.progress.stages if timing.stage == status.stage), None)
     lines = []
-    for name, explanation, value in gauges:
+    for name, explanation, value in [*_gauges(status), *(_times(own) if own else ())]:
         if value is not None:
             lines += [
-                f"# HELP {name} {explanation}",
-                f"# TYPE {name} gauge",
-                f'{name}{{stage="{status.stage}"}} {value}',
+                f"# HELP pipelinejob_stage_{name} {explanation}",
+                f"# TYPE pipelinejob_stage_{name} gauge",
+                f'pipelinejob_stage_{name}{{stage="{status.stage}"}} {value}',
             ]
     return "\n".join(lines) + "\n"
 
 
-def _ratio(percent: float | None = None) -> float | None:
+def _gauges(status: AgentStatus) -> list[_Gauge]:
+    """What every stage knows of the whole job, and of itself."""
+    progress = status.progress
+    return [
+        ("running", "Whether the stage trains in its group.", float(status.state == "Running")),
+        ("epoch", "Epoch of the membership that the stage obeys.", status.epoch),
+        ("step", "Finished optimizer steps.", progress.step),
+        ("total_steps", "Optimizer steps of the whole job.", progress.total_steps),
+        ("skipped_steps", "Steps without update, as float16 overflowed.", progress.skipped_steps),
+        ("step_seconds", "Measured time of a step.", progress.step_seconds),
+        ("step_predicted_seconds", "Time of a step that the partition promised.", progress.step_predicted_seconds),
+        ("last_checkpoint_step", "Step of the newest checkpoint.", progress.last_checkpoint_step),
+        ("checkpoint_problem", "Whether the newest checkpoint failed.", float(bool(progress.checkpoint_problem))),
+        ("loss", "Loss of the last finished step.", progress.loss),
+        ("validation_loss", "Newest loss of the validation split.", progress.validation_loss),
+        ("tokens_per_second", "Tokens trained in a second.", progress.tokens_per_second),
+        ("model_flops_per_second", "Model FLOPs a second, all stages.", _times_1e12(progress.model_tera_flops)),
+        ("model_flops_ratio", "Model FLOPs utilization (MFU).", _ratio(progress.model_flops_percent)),
+        ("bubble_ratio", "Idle share of all stages.", _ratio(progress.bubble_percent)),
+        ("bubble_limit_ratio", "Idle share that the schedule allows.", _ratio(progress.bubble_limit_percent)),
+        ("bubble_predicted_ratio", "Idle share that was promised.", _ratio(progress.bubble_predicted_percent)),
+    ]
+
+
+def _times(own: StageTiming) -> list[_Gauge]:
+    """Where the time of this stage goes, in shares of a step."""
+    return [
+        ("busy_ratio", "Share of a step in which the stage computes.", _ratio(own.busy_percent)),
+        ("forward_ratio", "Share of a step in forward passes.", _ratio(own.forward_percent)),
+        ("backward_ratio", "Share of a step in backward passes.", _ratio(own.backward_percent)),
+        ("weight_ratio", "Share of a step in the weights' part of split backwards.", _ratio(own.weight_percent)),
+        ("update_ratio", "Share of a step in agreeing on it and updating weights.", _ratio(own.update_percent)),
+        ("waiting_ratio", "Share of a step in waiting for other stages.", _ratio(own.waiting_percent)),
+        ("sending_ratio", "Share of a step in sending to other stages.", _ratio(own.sending_percent)),
+    ]
+
+
+def _ratio(percent: float | None) -> float | None:
     return None if percent is None else percent / 100
+
+
+def _times_1e12(tera: float | None) -> float | None:
+    return None if tera is None else tera * 1e12

@@ -86,7 +86,8 @@ class Supervisor:
     async def _until_membership_forbids(self) -> Ending:
         config = await pod_info.config(self._settings.pod_info)
         group: Membership | None = None
-        async for membership in pod_info.memberships(self._settings.pod_info, self._settings.stage):
+        place = (self._settings.stage, self._settings.pipeline)
+        async for membership in pod_info.memberships(self._settings.pod_info, *place):
             self._membership = membership
             structlog.contextvars.bind_contextvars(epoch=membership.epoch)
             if membership.action == "Stop":
@@ -127,7 +128,12 @@ class Supervisor:
                 ),
             )
         )
-        log.info("membership accepted", stages=membership.stages, master=membership.master_address)
+        log.info(
+            "membership accepted",
+            stages=membership.stages,
+            pipelines=membership.pipelines,
+            master=membership.master_address,
+        )
 
     def _note(self, event: Event) -> None:
         match event:

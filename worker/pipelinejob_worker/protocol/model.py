@@ -40,6 +40,17 @@ class Preset(Wire):
 class HuggingFace(Wire):
     """A decoder of the transformers library, from its own directory or from a hub."""
 
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            rule(
+                ".path",
+                "self.path.matches('^(/.*|[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?)$')",
+                "'%s is neither a directory nor the id of a model; allowed: a path with a leading /, or an id such as "
+                "Qwen/Qwen3-0.6B'.format([self.path])",
+            )
+        )
+    )
+
     path: str = Field(
         min_length=1,
         max_length=4096,
@@ -101,6 +112,11 @@ class Model(Wire):
     hugging_face: HuggingFace | None = Field(None, description="A decoder of the transformers library.")
     module: Module | None = Field(None, description="A model from a function in the worker image.")
 
+    @property
+    def from_hub(self) -> bool:
+        """Whether the model is downloaded: a path without a leading / is the id of a model on a hub."""
+        return self.hugging_face is not None and not self.hugging_face.path.startswith("/")
+
 
 Layer = Annotated[int, Field(ge=1, le=100_000)]
 
@@ -116,6 +132,11 @@ class Partition(Wire):
                 "'boundaries and strategy %s do not fit; allowed: boundaries with strategy Manual, and only with it'"
                 ".format([self.strategy])",
             ),
+            rule(
+                ".boundaries",
+                "!has(self.boundaries) || self.boundaries.isSorted()",
+                "'boundaries are not in order; allowed: ascending, each the first layer of the next chunk'",
+            ),
         )
     )
 
@@ -128,7 +149,7 @@ class Partition(Wire):
         [],
         max_length=8191,
         description="For Manual: the first layer of every chunk but the first, counted from 0 at the embedding.",
-        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+        json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     memory_limit_mebibytes: int = Field(
         0,

@@ -53,6 +53,7 @@ class Progress(Wire):
     validation_step: int = Field(0, description="Steps that were finished when it was measured.")
     skipped_steps: int = Field(0, description="Steps of this incarnation without update because float16 overflowed.")
     checkpoint_problem: str = Field("", description="Why the newest checkpoint was not written or not used, in words.")
+    checkpoint_damaged: bool = Field(False, description="Whether it was not used, because it is damaged.")
     remaining_seconds: float | None = None
     last_checkpoint_step: int = 0
     stages: tuple[StageTiming, ...] = ()

@@ -1,0 +1,67 @@
+"""What agents tell, in the words of the status: whole numbers with the unit in the name, and a condition. Pure."""
+
+from pipelinejob_operator.api.v1alpha1 import ProgressStatus, StageStatus
+from pipelinejob_operator.policy.reasons import ConditionStatus, Reason
+from pipelinejob_worker.protocol import Progress, StageTiming
+
+SHARES = (
+    "busy_percent",
+    "forward_percent",
+    "backward_percent",
+    "weight_percent",
+    "update_percent",
+    "waiting_percent",
+    "sending_percent",
+)
+
+
+def progress_status(progress: Progress) -> ProgressStatus:
+    """Round an agent's progress to what people read; so that small changes are none."""
+    return ProgressStatus(
+        step=progress.step,
+        total_steps=progress.total_steps,
+        percent=100 * progress.step // progress.total_steps if progress.total_steps else 0,
+        loss=_loss(progress.loss),
+        validation_loss=_loss(progress.validation_loss),
+        validation_step=progress.validation_step,
+        tokens_per_second=_rounded(progress.tokens_per_second),
+        step_milliseconds=_rounded(progress.step_seconds, 1e3),
+        step_predicted_milliseconds=_rounded(progress.step_predicted_seconds, 1e3),
+        bubble_percent=_rounded(progress.bubble_percent),
+        bubble_limit_percent=_rounded(progress.bubble_limit_percent),
+        bubble_predicted_percent=_rounded(progress.bubble_predicted_percent),
+        model_flops_percent=_rounded(progress.model_flops_percent),
+        model_giga_flops_per_second=_rounded(progress.model_tera_flops, 1e3),
+        skipped_steps=progress.skipped_steps,
+        remaining_seconds=_rounded(progress.remaining_seconds),
+        last_checkpoint_step=progress.last_checkpoint_step,
+    )
+
+
+def stage_status(before: StageStatus, timing: StageTiming) -> StageStatus:
+    """Show which layers a stage holds and where its time went."""
+    shares = {name: getattr(timing, name) for name in SHARES}
+    return before.model_copy(update={"layers": timing.layers, **shares})
+
+
+def checkpointed(progress: Progress) -> tuple[ConditionStatus, Reason, str]:
+    """Conclude the condition Checkpointed."""
+    if progress.checkpoint_problem:
+        reason = Reason.CHECKPOINT_DAMAGED if progress.checkpoint_damaged else Reason.CHECKPOINT_FAILED
+        return "False", reason, progress.checkpoint_problem
+    return saved(progress.last_checkpoint_step)
+
+
+def saved(step: int) -> tuple[ConditionStatus, Reason, str]:
+    """The condition Checkpointed while nothing is known to be wrong; ``step`` is 0 before the first checkpoint."""
+    if step:
+        return "True", Reason.SAVED, f"the newest checkpoint is of step {step}"
+    return "Unknown", Reason.NOT_SAVED_YET, "no checkpoint has been written yet"
+
+
+def _loss(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4g}"
+
+
+def _rounded(value: float | None, factor: float = 1) -> int | None:
+    return None if value is None else round(value * factor)

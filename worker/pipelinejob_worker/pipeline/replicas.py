@@ -15,7 +15,7 @@ Parameter = tuple[int, str]
 
 
 def owners(sizes: Mapping[Parameter, int], copies: int, pinned: Collection[Parameter] = ()) -> dict[Parameter, int]:
-    """Return the copy that owns each parameter; ``sizes``: of the trainable ones of a stage, in elements.
+    """Return the copy that owns each parameter of a stage; ``sizes``: elements that it updates.
 
     The largest first, each to the copy that has least so far (Graham 1969): the fullest copy has at most 4/3 of
     the best possible. ``pinned`` parameters belong to copy 0.
@@ -59,22 +59,20 @@ class Replicas:
         """``group``: the copies of this stage in their order, or None for a single one."""
         self._group = group
         self._copy, self._copies = (group.rank(), group.size()) if group else (0, 1)
-        trained = {
-            (index, name): parameter
-            for index, layer in layers.items()
-            for name, parameter in layer.named_parameters()
-            if parameter.requires_grad
+        parameters = {
+            (index, name): parameter for index, layer in layers.items() for name, parameter in layer.named_parameters()
         }
-        sizes = {key: parameter.numel() for key, parameter in trained.items()}
+        sizes = {key: p.numel() if p.requires_grad else 0 for key, p in parameters.items()}
         self._owners = owners(sizes, self._copies, pinned)
         self._shares: dict[int, dict[int, list[nn.Parameter]]] = {index: {} for index in layers}
-        """Layer -> owner -> parameters."""
-        for (index, name), parameter in trained.items():
-            self._shares[index].setdefault(self._owners[index, name], []).append(parameter)
+        """Layer -> owner -> trainable parameters."""
+        for (index, name), parameter in parameters.items():
+            if parameter.requires_grad:
+                self._shares[index].setdefault(self._owners[index, name], []).append(parameter)
         self._reductions: dict[int, _Reduction] = {}
 
     def owned(self, index: int, name: str) -> bool:
-        """Whether this copy updates the trainable parameter ``name`` of layer ``index``."""
+        """Whether this copy updates parameter ``name`` of layer ``index``, and saves it."""
         return self._owners[index, name] == self._copy
 
     def start(self, index: int) -> None:

@@ -74,7 +74,7 @@ class TiedGradients:
         """Send the gradient of the one end here to the rank of the other, and return the other's."""
         received: dict[Tie, torch.Tensor] = {}
         operations = []
-        for tag, (tie, here) in enumerate(ours.items()):
+        for tag, (tie, here) in enumerate(ours.items(), start=1):  # 0 is that of hidden states
             ((mine, parameter),) = here.items()
             assert parameter.grad is not None
             received[tie] = torch.empty_like(parameter.grad)

@@ -22,9 +22,10 @@ class StageOptimizer:
     The weight decay of both is decoupled: before the update a matrix is multiplied by 1 - learning rate x decay, and
     the momentum sees none of it. Only matrices decay, as biases and norms should not shrink.
 
-    Only the parameters that this copy of the stage owns are updated and have moments (ZeRO-1). A parameter without a
-    gradient is left as it is. AdamW's bias correction counts the updates of the optimizer, also for a parameter
-    that had no gradient in some of them, so ``updates`` is all there is to restore beside the moments.
+    Only the parameters that this copy of the stage owns are updated, have moments and are in its state (ZeRO-1): the
+    states of all copies together are the whole. A parameter without a gradient is left as it is. AdamW's bias
+    correction counts the updates of the optimizer, also for a parameter that had no gradient in some of them, so
+    ``updates`` is all there is to restore beside the layers' states.
 
     Each element is computed by itself, so the bits depend neither on the split into stages nor on the owners.
     """
@@ -45,12 +46,11 @@ class StageOptimizer:
         self.updates = 0
         self._layers = layers
         self._weight_decay = float(settings.weight_decay)
-        self._owned = {(index, name): parameter for index, name, parameter in trainable(layers) if owned(index, name)}
-        parameters = list(self._owned.values())
-        self._matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+        self._owned = {(index, name): parameter for index, name, parameter in _parameters(layers) if owned(index, name)}
+        self._trained = [parameter for parameter in self._owned.values() if parameter.requires_grad]
         self._moments = _moments(settings)
-        self._torch = _torch_optimizer(settings, parameters) if parameters else None
-        for parameter in parameters:
+        self._torch = _torch_optimizer(settings, self._trained) if self._trained else None
+        for parameter in self._trained:
             self._set_moments(parameter, {name: torch.zeros_like(parameter) for name in self._moments})
 
     def step(self, learning_rate: float) -> None:
@@ -58,16 +58,14 @@ class StageOptimizer:
         self.updates += 1
         if self._torch is None:
             return
-        for matrix in self._matrices:
-            if matrix.grad is not None:
-                with torch.no_grad():
-                    matrix.mul_(1 - learning_rate * self._weight_decay)
+        for parameter in self._trained:
+            if parameter.grad is None:
+                self._skip(parameter)
+            elif parameter.dim() >= 2:
+                parameter.detach().mul_(1 - learning_rate * self._weight_decay)
         for group in self._torch.param_groups:
             group["lr"] = learning_rate
         self._torch.step()
-        for parameter in self._owned.values():
-            if parameter.grad is None and "step" in self._torch.state[parameter]:
-                self._torch.state[parameter]["step"] += 1
 
     def zero_grad(self) -> None:
         """Free the gradients of all parameters, owned or not."""
@@ -75,53 +73,56 @@ class StageOptimizer:
             layer.zero_grad(set_to_none=True)
 
     def layer_state(self, index: int) -> dict[str, torch.Tensor]:
-        """Return ``weight.<parameter>`` of all and ``<moment>.<parameter>`` of owned parameters, on the CPU.
+        """Return ``weight.<parameter>`` and ``<moment>.<parameter>`` of a layer's owned parameters, on the CPU.
 
         What is on the CPU already is the live tensor: copy it if it shall outlive the next step.
         """
         state: dict[str, torch.Tensor] = {}
         for name, parameter in self._layers[index].named_parameters():
-            state[f"weight.{name}"] = parameter.detach().cpu()
             if (index, name) in self._owned:
-                moments = self._state_of(parameter)
-                state |= {f"{moment}.{name}": moments[key].cpu() for moment, key in self._moments.items()}
+                state[f"weight.{name}"] = parameter.detach().cpu()
+                for moment, tensor in self._moments_of(parameter).items():
+                    state[f"{moment}.{name}"] = tensor.cpu()
         return state
 
     def load_layer_state(self, index: int, state: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Put back the state of a layer, with the moments of all or only of owned parameters.
+        """Put back the whole state of a layer: all weights, and the moments of owned parameters.
 
-        ``updates``: the count that was saved with it. Names and shapes must be those of ``layer_shapes``.
+        ``updates``: the count when it was saved. Names and shapes must be those of ``layer_shapes``.
         """
         self.updates = updates
         for name, parameter in self._layers[index].named_parameters():
-            with torch.no_grad():
-                parameter.copy_(state[f"weight.{name}"])
-            if (index, name) in self._owned:
+            parameter.detach().copy_(state[f"weight.{name}"])
+            if parameter.requires_grad and (index, name) in self._owned:
+                saved = {moment: state[f"{moment}.{name}"] for moment in self._moments}
                 self._set_moments(
-                    parameter,
-                    {moment: torch.empty_like(parameter).copy_(state[f"{moment}.{name}"]) for moment in self._moments},
+                    parameter, {moment: torch.empty_like(parameter).copy_(saved[moment]) for moment in saved}
                 )
 
     def layer_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
-        """Return names and shapes of a layer's whole state: of what the owners' ``layer_state`` give together."""
+        """Return names and shapes of a layer's whole state: what ``layer_state`` of all copies give together."""
         return {
             f"{kind}.{name}": tuple(parameter.shape)
             for name, parameter in self._layers[index].named_parameters()
             for kind in ("weight", *(self._moments if parameter.requires_grad else ()))
         }
 
-    def _state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        assert self._torch is not None
-        state: dict[str, torch.Tensor] = self._torch.state[parameter]
-        return state
+    def _moments_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """Moments by our names."""
+        if self._torch is None or not parameter.requires_grad:
+            return {}
+        return {moment: self._torch.state[parameter][key] for moment, key in self._moments.items()}
 
     def _set_moments(self, parameter: nn.Parameter, moments: Mapping[str, torch.Tensor]) -> None:
-        """``moments`` by our names, after ``updates`` updates."""
+        """Set moments by our names, as they are after ``updates`` updates."""
         assert self._torch is not None
-        state = {key: moments[name] for name, key in self._moments.items()}
-        if isinstance(self._torch, torch.optim.AdamW):
-            state["step"] = torch.tensor(float(self.updates))
-        self._torch.state[parameter] = state
+        state = {key: moments[moment] for moment, key in self._moments.items()}
+        self._torch.state[parameter] = {**state, "step": torch.tensor(float(self.updates))}
+
+    def _skip(self, parameter: nn.Parameter) -> None:
+        """Count an update in which torch will not touch the parameter."""
+        assert self._torch is not None
+        self._torch.state[parameter]["step"] += 1
 
 
 def _moments(settings: Optimizer) -> dict[str, str]:
@@ -144,16 +145,11 @@ def _torch_optimizer(settings: Optimizer, parameters: list[nn.Parameter]) -> tor
     return torch.optim.AdamW(parameters, rate, betas, weight_decay=0.0, foreach=False, fused=False)
 
 
-def trainable(layers: Mapping[int, nn.Module]) -> Iterator[tuple[int, str, nn.Parameter]]:
-    """Layer index, name and parameter of all that has gradients, in the order of the layers and their parameters.
-
-    Raises ConfigurationError for one that is not float32.
-    """
+def _parameters(layers: Mapping[int, nn.Module]) -> Iterator[tuple[int, str, nn.Parameter]]:
+    """Layer index, name and parameter, in the order of the layers and of their parameters."""
     for index, layer in layers.items():
         for name, parameter in layer.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if parameter.dtype != torch.float32:
+            if parameter.requires_grad and parameter.dtype != torch.float32:
                 raise ConfigurationError(
                     f"spec.model: trainable parameter {name} of layer {index} is {parameter.dtype}; allowed: "
                     "torch.float32; build it so and choose the type of matrix products with spec.train.precision"

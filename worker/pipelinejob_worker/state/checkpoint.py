@@ -2,28 +2,35 @@
 
 Layout under the volume's directory::
 
-    step-000000120/              a complete checkpoint: 120 steps are done
-        embedding.safetensors    one file per global layer, so that any number of stages can load it
+    step-000000120/                  a complete checkpoint: 120 steps are done
+        embedding.safetensors        one file per global layer, so that any number of stages can load it
         blocks.0.safetensors
         ...
-        manifest.json            sizes and SHA-256 of all files, and whose checkpoint it is
-    step-000000140.partial-3/    being written by attempt 3
-    latest                       name of the newest complete checkpoint
+        manifest.json                sizes and SHA-256 of all files, and whose checkpoint it is
+    step-000000140.partial-3/        being written by attempt 3
+        embedding.part-0.safetensors with several pipelines, the optimizer state of a layer is spread over them:
+        embedding.part-1.safetensors each writes its share, and a layer is the union of its parts
+        written-0.json               what rank 0 has written; the manifest is made of these
+        ...
+    step-000000080.deleted-3/        being deleted
+    latest                           name of the newest complete checkpoint
 
 A checkpoint is complete when its directory has its final name: the rename comes after all files are on the
-volume. This module does no communication; ``commit`` lets the stages agree.
+volume. This module does no communication; ``commit`` lets the ranks agree.
 """
 
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Any, TypeVar
+from urllib.parse import quote
 
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.protocol.base import Wire
@@ -31,10 +38,12 @@ from pipelinejob_worker.state.files import replace, sync_directory, write_durabl
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
-MANIFEST_LIMIT_BYTES = 1 << 20
+MANIFEST_LIMIT_BYTES = 1 << 26
+
+Read = TypeVar("Read", bound=Wire)
 
 _STEP = re.compile(r"step-(\d{9,12})")
-_PARTIAL = re.compile(r"step-\d{9,12}\.partial-\d+")
+_UNFINISHED = re.compile(r"step-\d{9,12}\.(partial|deleted)-\d+")
 
 
 class CheckpointDamagedError(Exception):
@@ -42,19 +51,36 @@ class CheckpointDamagedError(Exception):
 
 
 class LayerFile(Wire):
-    """One layer's file."""
+    """One file of a layer."""
 
     size: int
     sha256: str
 
 
+class Written(Wire):
+    """What one rank has written: its part of each of its layers."""
+
+    part: int
+    layers: dict[str, LayerFile]
+
+
+def _as_parts(value: Any) -> Any:
+    """A layer's files; checkpoints from before there were parts have one, without a list around it."""
+    return (value,) if isinstance(value, Mapping | LayerFile) else value
+
+
+Parts = Annotated[tuple[LayerFile, ...], BeforeValidator(_as_parts)]
+Number = int | Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Manifest(Wire):
-    """What a checkpoint holds and whose it is."""
+    """What a checkpoint holds and whose it is. ``extra`` is what training must know beside the layers."""
 
     step: int
     fingerprint: str
     attempt: int
-    layers: dict[str, LayerFile]
+    layers: dict[str, Parts]
+    extra: dict[str, Number] = Field(default_factory=dict)
 
 
 class CheckpointStore:
@@ -66,9 +92,9 @@ class CheckpointStore:
         self._attempt = attempt
         self._distrusted: set[int] = set()
 
-    def check_writable(self, stage: int) -> None:
+    def check_writable(self, rank: int) -> None:
         """Raise ConfigurationError unless a file can be made here and reaches the volume."""
-        probe = self._directory / f".probe-stage-{stage}"
+        probe = self._directory / f".probe-rank-{rank}"
         try:
             write_durably(probe, bytes(4096))
             probe.unlink()
@@ -79,43 +105,62 @@ class CheckpointStore:
                 "claim, its access mode or the pod's fsGroup"
             ) from error
 
-    def write_layer(self, step: int, name: str, tensors: Mapping[str, torch.Tensor]) -> LayerFile:
-        """Write one layer into this attempt's partial checkpoint of ``step``. Raises OSError."""
+    def write_layer(
+        self, step: int, name: str, content: bytes | memoryview, *, part: int = 0, parts: int = 1
+    ) -> LayerFile:
+        """Write one part of a layer, in safetensors format, into this attempt's checkpoint of ``step``.
+
+        The parts of a layer have different tensors. Raises OSError.
+        """
         partial = self._partial(step)
         partial.mkdir(exist_ok=True)
-        content = safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()})
-        write_durably(partial / _file_name(name), content)
+        write_durably(partial / _file_name(name, part, parts), content)
         return LayerFile(size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
-    def publish(self, step: int, layers: Mapping[str, LayerFile]) -> None:
-        """Turn the partial checkpoint, which all stages have written, into a complete one. Raises OSError.
+    def write_list(self, step: int, rank: int, written: Written) -> None:
+        """Say for ``publish`` what ``rank`` has written, after it has written it. Raises OSError."""
+        write_durably(self._partial(step) / _list_name(rank), written.to_json().encode())
 
-        One stage does this. A crash at any point leaves the previous checkpoint as the newest complete one,
-        or this.
+    def publish(
+        self, step: int, names: Sequence[str], *, ranks: int, parts: int = 1, extra: Mapping[str, int | float]
+    ) -> None:
+        """Turn the partial checkpoint, which all ranks have written, into a complete one.
+
+        One rank does this. A crash at any point leaves the previous checkpoint as the newest complete one, or
+        this. Raises OSError, and CheckpointDamagedError when what the ranks have written is not all there.
         """
         partial, complete = self._partial(step), self._complete(step)
-        manifest = Manifest(step=step, fingerprint=self._fingerprint, attempt=self._attempt, layers=dict(layers))
+        lists = [partial / _list_name(rank) for rank in range(ranks)]
+        manifest = Manifest(
+            step=step,
+            fingerprint=self._fingerprint,
+            attempt=self._attempt,
+            layers=_merged([_read_json(path, Written) for path in lists], names, parts),
+            extra=dict(extra),
+        )
         write_durably(partial / MANIFEST, manifest.to_json().encode())
+        for path in lists:
+            path.unlink()
         sync_directory(partial)
-        if complete.exists():  # only one that was not trusted on resume
-            shutil.rmtree(complete)
+        if complete.exists():  # one that was not trusted, or the same one from an attempt that ended late
+            complete.rename(self._deleted(step))
         partial.rename(complete)
         self._distrusted.discard(step)
         sync_directory(self._directory)
         replace(self._directory / LATEST, f"{complete.name}\n".encode())
 
     def retain(self, keep: int) -> None:
-        """Delete all but the newest ``keep`` checkpoints, and damaged or partial ones; raises OSError."""
+        """Delete all but the newest ``keep`` checkpoints, and damaged or unfinished ones; raises OSError."""
         for step in (*self.complete_steps()[keep:], *self._distrusted):
             if self._complete(step).exists():
-                shutil.rmtree(self._complete(step))
+                self._complete(step).rename(self._deleted(step))  # half of it must not look complete
         self._distrusted.clear()
-        self.discard_partial()
+        self.discard_unfinished()
 
-    def discard_partial(self) -> None:
-        """Delete what was not finished, by whichever attempt; nobody may be writing. Raises OSError."""
+    def discard_unfinished(self) -> None:
+        """Delete what is not finished, by whichever attempt; nobody may be writing. Raises OSError."""
         for path in self._directory.iterdir():
-            if _PARTIAL.fullmatch(path.name):
+            if _UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path)
 
     def distrust(self, step: int) -> None:
@@ -134,11 +179,7 @@ class CheckpointStore:
         model or seed.
         """
         path = self._complete(step) / MANIFEST
-        try:
-            with path.open("rb") as file:
-                manifest = Manifest.model_validate_json(file.read(MANIFEST_LIMIT_BYTES))
-        except (OSError, ValidationError) as error:
-            raise CheckpointDamagedError(f"{path}: {_one_line(error)}") from error
+        manifest = _read_json(path, Manifest)
         if manifest.step != step:
             raise CheckpointDamagedError(f"{path}: is of step {manifest.step}")
         if manifest.fingerprint != self._fingerprint:
@@ -152,28 +193,30 @@ class CheckpointStore:
     def read_layer(
         self, manifest: Manifest, name: str, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, torch.Tensor]:
-        """Read one layer of a complete checkpoint and verify its size, checksum, names and shapes.
+        """Read one layer of a complete checkpoint, all its parts, and verify sizes, checksums, names and shapes.
 
-        Raises CheckpointDamagedError.
+        Raises CheckpointDamagedError when a file is not as it was written, and ConfigurationError when it is but
+        has other tensors than ``shapes``: then it is of another job, and not to be deleted as damaged.
         """
-        path = self._complete(manifest.step) / _file_name(name)
-        expected = manifest.layers.get(name)
-        if expected is None:
-            raise CheckpointDamagedError(f"{path}: layer {name} is not in the manifest")
-        try:
-            if path.stat().st_size != expected.size:
-                raise CheckpointDamagedError(f"{path}: has {path.stat().st_size} bytes instead of {expected.size}")
-            content = path.read_bytes()
-        except OSError as error:
-            raise CheckpointDamagedError(f"{path}: {_one_line(error)}") from error
-        if hashlib.sha256(content).hexdigest() != expected.sha256:
-            raise CheckpointDamagedError(f"{path}: the SHA-256 is not that of the manifest")
-        try:
-            tensors = safetensors.torch.load(content)
-        except safetensors.SafetensorError as error:
-            raise CheckpointDamagedError(f"{path}: {_one_line(error)}") from error
-        if {key: tuple(tensor.shape) for key, tensor in tensors.items()} != dict(shapes):
-            raise CheckpointDamagedError(f"{path}: tensors or shapes are not those of layer {name}")
+        directory = self._complete(manifest.step)
+        files = manifest.layers.get(name)
+        if not files:
+            raise CheckpointDamagedError(f"{directory / MANIFEST}: layer {name} is not in it")
+        tensors: dict[str, torch.Tensor] = {}
+        for part, file in enumerate(files):
+            path = directory / _file_name(name, part, len(files))
+            read = _read_file(path, file)
+            if twice := sorted(read.keys() & tensors.keys()):
+                raise CheckpointDamagedError(f"{path}: tensor {twice[0]} is in another part of the layer, too")
+            tensors |= read
+        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        for key in sorted(found.keys() | shapes.keys()):
+            if found.get(key) != shapes.get(key):
+                raise ConfigurationError(
+                    f"spec.checkpoint.volumeClaimName: {directory} has for layer {name} the tensor {key} with shape "
+                    f"{found.get(key, 'none')}, this job has {shapes.get(key, 'none')}; allowed: a checkpoint of the "
+                    "same model and optimizer; use another claim or empty this one"
+                )
         return tensors
 
     def _complete(self, step: int) -> Path:
@@ -182,10 +225,57 @@ class CheckpointStore:
     def _partial(self, step: int) -> Path:
         return self._directory / f"step-{step:09d}.partial-{self._attempt}"
 
+    def _deleted(self, step: int) -> Path:
+        return self._directory / f"step-{step:09d}.deleted-{self._attempt}"
 
-def _file_name(layer: str) -> str:
-    return f"{layer}.safetensors"
+
+def _merged(written: Sequence[Written], names: Sequence[str], parts: int) -> dict[str, Parts]:
+    """Return the files of each layer in the order of their parts. Raises CheckpointDamagedError if any is missing."""
+    files = {(name, rank.part): file for rank in written for name, file in rank.layers.items()}
+    missing = [(name, part) for name in names for part in range(parts) if (name, part) not in files]
+    if missing:
+        raise CheckpointDamagedError("no rank has written part {0[1]} of layer {0[0]}".format(missing[0]))
+    return {name: tuple(files[name, part] for part in range(parts)) for name in names}
+
+
+def _read_json(path: Path, kind: type[Read]) -> Read:
+    try:
+        with path.open("rb") as file:
+            return kind.model_validate_json(file.read(MANIFEST_LIMIT_BYTES))
+    except (OSError, ValidationError) as error:
+        raise CheckpointDamagedError(f"{path}: {_one_line(error)}") from error
+
+
+def _read_file(path: Path, expected: LayerFile) -> dict[str, torch.Tensor]:
+    """Read one part of a layer. Raises CheckpointDamagedError when it is not as ``expected``."""
+    try:
+        if path.stat().st_size != expected.size:
+            raise CheckpointDamagedError(f"{path}: has {path.stat().st_size} bytes instead of {expected.size}")
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointDamagedError(f"{path}: {_one_line(error)}") from error
+    if hashlib.sha256(content).hexdigest() != expected.sha256:
+        raise CheckpointDamagedError(f"{path}: the SHA-256 is not that of the manifest")
+    try:
+        return safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise CheckpointDamagedError(f"{path}: {_one_line(error)}") from error
+
+
+def _file_name(layer: str, part: int, parts: int) -> str:
+    """Name of a file in the checkpoint's directory, whatever the user's model calls its layers."""
+    return f"{quote(layer, safe='')}.{f'part-{part}.' if parts > 1 else ''}safetensors"
+
+
+def _list_name(rank: int) -> str:
+    return f"written-{rank}.json"
 
 
 def _one_line(error: Exception) -> str:
+    """What went wrong, for a message that already names the file."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return " ".join((*map(str, first["loc"]), first["msg"]))
     return " ".join(str(error).split())

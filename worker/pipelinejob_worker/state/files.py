@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-def write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes | memoryview) -> None:
     """Create or replace ``path`` and wait until its content is on the volume. Not atomic: see ``replace``."""
     with path.open("wb") as file:
         file.write(content)

@@ -1,5 +1,6 @@
 """The loss of every finished step, one JSON line each, beside the checkpoints."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -19,17 +20,18 @@ class History:
         kept = [line for line in lines if _step_of(line) <= resumed_step]
         replace(path, b"".join(line + b"\n" for line in kept))
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._size = os.fstat(self._descriptor).st_size
 
     def append(self, step: int, loss: float) -> None:
         """Add one line; the loss has all its digits. Raises OSError and then leaves no half line."""
         line = json.dumps({"step": step, "loss": loss}).encode() + b"\n"
-        size = os.fstat(self._descriptor).st_size
         if os.write(self._descriptor, line) < len(line):
-            os.ftruncate(self._descriptor, size)
-            raise OSError(f"{HISTORY}: no space for the line of step {step}")
+            os.ftruncate(self._descriptor, self._size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), HISTORY)
+        self._size += len(line)
 
     def sync(self) -> None:
-        """Wait until all lines are on the volume."""
+        """Wait until all lines are on the volume; any thread may call this. Raises OSError."""
         os.fsync(self._descriptor)
 
     def close(self) -> None:

@@ -56,7 +56,7 @@ def load(directory: Path) -> Entry | None:
         manifest = Manifest.model_validate_json((directory / "manifest.json").read_bytes())
         dtype = np.dtype(manifest.dtype)
         sizes = [(directory / name).stat().st_size for name in ("tokens", "ends")]
-    except (FileNotFoundError, ValidationError):
+    except (FileNotFoundError, NotADirectoryError, ValidationError):
         return None
     whole = sizes == [manifest.tokens * dtype.itemsize, manifest.documents * 8]
     return _entry(directory, manifest) if whole else None

@@ -30,13 +30,13 @@ class Piece(NamedTuple):
     """Whether the document ends with it."""
 
 
-def text_pieces(paths: Sequence[str]) -> Iterator[Piece]:
+def text_pieces(paths: Sequence[str], size: int = PIECE_SIZE) -> Iterator[Piece]:
     """Read text files, each of which is a document in UTF-8.
 
     Raises ConfigurationError that names file and line of the first byte that is no UTF-8.
     """
     for path in paths:
-        yield from marked(_decoded(path))
+        yield from marked(_decoded(path, size))
 
 
 def json_pieces(paths: Sequence[str], field: str) -> Iterator[Piece]:
@@ -55,10 +55,10 @@ def json_pieces(paths: Sequence[str], field: str) -> Iterator[Piece]:
                     yield from pieces_of(_text_of(line, where, field), where)
 
 
-def pieces_of(document: str, where: str) -> Iterator[Piece]:
+def pieces_of(document: str, where: str, size: int = PIECE_SIZE) -> Iterator[Piece]:
     """Cut a document; an empty one has no piece."""
     reader = io.StringIO(document, newline="")
-    return marked((where, part) for part in iter(lambda: reader.read(PIECE_SIZE) + reader.readline(PIECE_SIZE), ""))
+    return marked((where, part) for part in iter(lambda: reader.read(size) + reader.readline(size), ""))
 
 
 def marked(parts: Iterable[tuple[str, str]]) -> Iterator[Piece]:
@@ -74,11 +74,11 @@ def marked(parts: Iterable[tuple[str, str]]) -> Iterator[Piece]:
         yield Piece(before[1], before[0], first, last=True)
 
 
-def _decoded(path: str) -> Iterator[tuple[str, str]]:
+def _decoded(path: str, size: int) -> Iterator[tuple[str, str]]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     line = 1
     with Path(path).open("rb") as file:
-        while data := file.read(PIECE_SIZE) + file.readline(PIECE_SIZE):
+        while data := file.read(size) + file.readline(size):
             yield f"{path}:{line}", _decode(decoder, data, path, line)
             line += data.count(b"\n")
     _decode(decoder, b"", path, line)

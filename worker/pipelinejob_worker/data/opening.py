@@ -72,10 +72,10 @@ def _pieces(data: Data, stamps: Sequence[Stamp]) -> Iterator[Piece]:
             pieces = dataset_pieces(paths, data.text_field)
         case _:
             pieces = text_pieces(paths)
-    return _unchanged(pieces, stamps)
+    return unchanged(pieces, stamps)
 
 
-def _unchanged(pieces: Iterator[Piece], stamps: Sequence[Stamp]) -> Iterator[Piece]:
+def unchanged(pieces: Iterator[Piece], stamps: Sequence[Stamp]) -> Iterator[Piece]:
     """Pass the pieces on, and refuse to end when a file has changed since its stamp."""
     yield from pieces
     for before, now in zip(stamps, stamps_of([stamp.path for stamp in stamps]), strict=True):

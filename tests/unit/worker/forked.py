@@ -166,8 +166,9 @@ def pipeline(
     last: WorkerConfig | None = None,
     device_per_stage: bool = False,
     last_file_limit: int = resource.RLIM_INFINITY,
+    pipelines: int = 1,
 ) -> Iterator[list[Stage]]:
-    """Run the workers of all stages; none is left at the end.
+    """Run the workers of all stages of all pipelines, in the order of their ranks; none is left at the end.
 
     ``last``: another configuration for the last stage. ``device_per_stage``: stage n gets CUDA device n, not 0.
     ``last_file_limit``: bytes that a file of the last stage may have; a write beyond fails as on a full volume.
@@ -175,12 +176,15 @@ def pipeline(
     port = free_port()
     running: list[Stage] = []
     try:
-        for stage in range(stages):
+        for rank in range(stages * pipelines):
+            pipeline, stage = divmod(rank, stages)
             membership = Membership(
                 epoch=attempt + 1,
                 action="Run",
                 stage=stage,
                 stages=stages,
+                pipeline=pipeline,
+                pipelines=pipelines,
                 master_address="127.0.0.1",
                 master_port=port,
             )
@@ -189,8 +193,9 @@ def pipeline(
                 config=last if last and stage == stages - 1 else config,
                 attempt=attempt,
                 checkpoint_directory=str(checkpoints) if checkpoints else "",
+                scratch_directory=str(logs),
             )
-            log = logs / f"attempt-{attempt}-stage-{stage}.log"
+            log = logs / f"attempt-{attempt}-rank-{rank}.log"
             limit = last_file_limit if stage == stages - 1 else resource.RLIM_INFINITY
             running.append(Stage(assignment, log, stage if device_per_stage else 0, limit))
         yield running
@@ -200,10 +205,15 @@ def pipeline(
 
 
 def run_to_end(
-    config: WorkerConfig, stages: int, logs: Path, checkpoints: Path | None = None, attempt: int = 0
+    config: WorkerConfig,
+    stages: int,
+    logs: Path,
+    checkpoints: Path | None = None,
+    attempt: int = 0,
+    pipelines: int = 1,
 ) -> list[int]:
-    """Run a pipeline until all workers have ended; their exit codes in stage order."""
-    with pipeline(config, stages, logs, checkpoints, attempt) as running:
+    """Run a job until all workers have ended; their exit codes in the order of the ranks."""
+    with pipeline(config, stages, logs, checkpoints, attempt, pipelines=pipelines) as running:
         codes = [stage.exit_code() for stage in running]
         if any(codes):
             print(*(stage.log for stage in running), sep="\n")

@@ -18,17 +18,22 @@ def job(
     dropout: str = "0",
     clip_norm: str = "1.0",
     every_steps: int = 5,
+    chunks: int = 1,
+    layers: int = 4,
+    tied: bool = False,
+    data: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
     **train: Any,
 ) -> WorkerConfig:
-    """A GPT of six layers on a text that this writes into ``directory``."""
+    """A GPT of ``layers`` blocks, embedding and head on a text that this writes into ``directory``."""
     (directory / "text.txt").write_bytes(TEXT)
     settings = {
-        "data": {"files": [f"{directory}/*.txt"]},
+        "data": {"files": [f"{directory}/*.txt"]} | (data or {}),
         "steps": steps,
         "globalBatchSize": 8,
         "microbatches": 4,
-        "schedule": {"name": schedule},
-        "optimizer": {"learningRate": "3e-3", "clipNorm": clip_norm},
+        "schedule": {"name": schedule, "chunksPerStage": chunks},
+        "optimizer": {"learningRate": "3e-3", "clipNorm": clip_norm} | (optimizer or {}),
         "seed": 7,
     }
     return WorkerConfig.model_validate(
@@ -38,11 +43,12 @@ def job(
             "model": {
                 "preset": {
                     "name": "gpt",
-                    "layers": 4,
+                    "layers": layers,
                     "width": 32,
                     "heads": 4,
                     "context": 16,
                     "dropout": dropout,
+                    "tieEmbeddings": tied,
                 }
             },
             "train": settings | train,

@@ -53,6 +53,8 @@ class Group:
     device: torch.device
     pipeline: int = 0
     pipelines: int = 1
+    replicas: distributed.ProcessGroup | None = None
+    """The copies of this stage in the order of the pipelines; None where there is one."""
 
     @property
     def rank(self) -> int:
@@ -118,7 +120,9 @@ def joined(membership: Membership, device: torch.device) -> Iterator[Group]:
             world_size=membership.world_size,
             timeout=SILENCE_LIMIT,
         )
-        yield Group(stage, membership.stages, device, membership.pipeline, membership.pipelines)
+        yield Group(
+            stage, membership.stages, device, membership.pipeline, membership.pipelines, _join_replicas(membership)
+        )
     except Exception as error:
         if is_link_error(error):
             raise PeerLostError(f"stage {stage} lost a link to another stage: {_cause(error)}") from error
@@ -126,6 +130,17 @@ def joined(membership: Membership, device: torch.device) -> Iterator[Group]:
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def _join_replicas(membership: Membership) -> distributed.ProcessGroup | None:
+    """Form the groups of equal stages, on all ranks in one order; return this stage's."""
+    if membership.pipelines == 1:
+        return None
+    groups = [
+        distributed.new_group([pipeline * membership.stages + stage for pipeline in range(membership.pipelines)])
+        for stage in range(membership.stages)
+    ]
+    return groups[membership.stage]
 
 
 def is_link_error(error: BaseException) -> bool:

@@ -33,6 +33,9 @@ CHECKPOINT_DIRECTORY = "/checkpoint"
 """Where the claim of ``spec.checkpoint.volumeClaimName`` is mounted."""
 
 SCRATCH_DIRECTORY = "/tmp"  # noqa: S108 - an emptyDir of the pod's own; the root file system is read-only
+TRACE_FILE = "trace.json"
+"""Name under the scratch directory of rank 0 that holds the newest step as a Chrome trace; its agent serves it."""
+
 TERMINATION_LOG = "/dev/termination-log"
 
 

@@ -1,25 +1,24 @@
 """Training a job as one of its stages: check, join, resume, train, save, leave."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import structlog
 
+from pipelinejob_worker.data import Corpus, check_same_data
 from pipelinejob_worker.link import AgentLink, Assignment, Joined
 from pipelinejob_worker.models import LayeredModel, model_of
 from pipelinejob_worker.pipeline.group import Group, joined, prepare_device
-from pipelinejob_worker.pipeline.partition import describe, partition
-from pipelinejob_worker.pipeline.schedule import bubble_limit, check_schedule
-from pipelinejob_worker.protocol import ExitCode
+from pipelinejob_worker.pipeline.schedule import build_schedule
+from pipelinejob_worker.protocol import ExitCode, WorkerConfig
 from pipelinejob_worker.state import commit
 from pipelinejob_worker.state.checkpoint import CheckpointStore
 from pipelinejob_worker.state.history import History
-from pipelinejob_worker.train.data import Corpus, check_same_data
+from pipelinejob_worker.state.saver import AsyncSaver
 from pipelinejob_worker.train.loop import StageLoop
-from pipelinejob_worker.train.optimizer import layer_shapes, layer_state, load_layer_state
+from pipelinejob_worker.train.plan import Plan, cut
 from pipelinejob_worker.train.progress import Meter
-from pipelinejob_worker.train.report import Reporter
+from pipelinejob_worker.train.report import Reporter, Tracer
 
 log = structlog.get_logger()
 
@@ -34,29 +33,30 @@ def run(assignment: Assignment, link: AgentLink) -> ExitCode:
     All that a stage can check alone is checked before it joins the group.
     Raises ConfigurationError, PeerLostError, SaveError and AgentGoneError.
     """
-    train, membership = assignment.config.train, assignment.membership
-    model = model_of(assignment.config.model)
-    stages = partition(model.costs, membership.stages)
-    check_schedule(train.schedule.name, membership.stages, train.microbatches)
+    config, membership = assignment.config, assignment.membership
+    train = config.train
+    model = model_of(config.model, documents=train.data.packing == "Documents")
+    schedule = build_schedule(
+        train.schedule.name,
+        membership.stages,
+        train.schedule.chunks_per_stage,
+        train.microbatches // membership.pipelines,
+    )
     device = prepare_device()
-    reads_data = membership.stage in (0, membership.stages - 1)
-    corpus = Corpus(train, model.context) if reads_data else None
+    reads_data = membership.stage in (schedule.stage_of[0], schedule.stage_of[-1])
+    corpus = open_corpus(config, model) if reads_data else None
     store = _open_store(assignment, model)
     with joined(membership, device) as group:
-        log.info("joined the group", stages=group.stages, device=str(device), layers=describe(stages[group.stage]))
         check_same_data([row[0] for row in group.gather(corpus.fingerprint if corpus else 0)])
-        loop = StageLoop(train, model, stages[group.stage], corpus, group)
-        meter = Meter(
-            train.steps,
-            train.global_batch_size * model.context,
-            stages,
-            bubble_limit(group.stages, train.microbatches),
-        )
-        return StageJob(assignment, link, model=model, group=group, loop=loop, store=store, meter=meter).run()
+        plan = cut(config, model, schedule, group)
+        log.info("joined the group", ranks=group.size, device=str(device), layers=plan.layers_of(group.stage))
+        loop = StageLoop(train, model, schedule, plan.chunks, corpus, group)
+        meter = Meter(plan.expectation(config, model, group))
+        return StageJob(assignment, link, model=model, group=group, plan=plan, loop=loop, store=store, meter=meter).run()
 
 
 class StageJob:
-    """A stage's loop with all that it leaves behind: checkpoints, history, progress and logs."""
+    """A stage's loop with all that it leaves behind: checkpoints, history, progress, traces and logs."""
 
     def __init__(
         self,
@@ -65,28 +65,35 @@ class StageJob:
         *,
         model: LayeredModel,
         group: Group,
+        plan: Plan,
         loop: StageLoop,
         store: CheckpointStore | None,
         meter: Meter,
     ) -> None:
+        self._assignment = assignment
         self._config = assignment.config
         self._directory = Path(assignment.checkpoint_directory)
         self._link = link
         self._names = model.names
         self._group = group
+        self._plan = plan
         self._loop = loop
-        self._layers = dict(zip(loop.module.indices, loop.module.layers, strict=True))
         self._store = store
         self._meter = meter
-        self._reporter = Reporter(link, logs=group.last, every_step=store is None)
-        self._saved_step = 0
+        # The stage that computes the loss tells it.
+        self._tells_loss = group.pipeline == 0 and group.stage == plan.schedule.stage_of[-1]
+        self._reporter = Reporter(link, logs=self._tells_loss, every_step=store is None)
+        self._tracer = Tracer(group, Path(assignment.scratch_directory) if assignment.scratch_directory else None)
+        self._saver: AsyncSaver | None = None
+        self._resume_problem = ""
+        self._validation: tuple[int, float] | None = None
 
     def run(self) -> ExitCode:
         """Resume from the newest checkpoint, if there is one, and train."""
         step = self._resume()
-        history = History(self._directory, step) if self._store and self._group.last else None
-        self._link.send(Joined(layers=describe(self._loop.module.indices)))
-        self._reporter.report(self._meter.progress(step, None, self._saved_step), now=True)
+        history = History(self._directory, step) if self._store and self._tells_loss else None
+        self._link.send(Joined(layers=self._plan.layers_of(self._group.stage)))
+        self._report(step, now=True)
         try:
             step = self._train(step, history)
         finally:
@@ -96,33 +103,70 @@ class StageJob:
 
     def _train(self, step: int, history: History | None) -> int:
         """Train from ``step`` finished steps on; return how many are finished at the end."""
-        total, every = self._config.train.steps, self._config.checkpoint.every_steps
+        total = self._config.train.steps
         leave = step == total
         while not leave:
-            result = self._loop.step(step, self._link.drain_requested())
+            flags = [float(self._link.drain_requested()), self._tracer.wish(), *(self._saver.vote() if self._saver else ())]
+            result = self._loop.step(step, flags)
+            stop, trace, *saver_votes = result.flags
             step += 1
-            leave = result.stop or step == total
-            self._meter.step_finished(result.seconds, result.busy_seconds)
+            leave = stop > 0 or step == total
+            self._meter.step_finished(result)
+            if trace:
+                self._tracer.trace(step, self._loop.engine.timeline.spans())
             if history:
                 _keep(history.append, step, result.loss)
-            if self._store and (leave or step % every == 0):
-                if history:
-                    _keep(history.sync)
-                self._save(self._store, step)
-            progress = self._meter.progress(step, result.loss, self._saved_step)
-            self._reporter.report(progress, now=leave)
-            self._reporter.log_step(progress, now=leave)
+            self._validate(step, leave)
+            if self._saver:
+                self._saver.advance(saver_votes)
+                self._save(self._saver, step, history, leave=leave)
+            self._report(step, now=leave)
         return step
 
+    def _validate(self, step: int, leave: bool) -> None:
+        if self._config.train.data.validation_percent and (
+            leave or step % self._config.train.validate_every_steps == 0
+        ):
+            self._validation = (step, self._loop.validate())
+            if self._tells_loss:
+                log.info("validated", step=step, validation_loss=self._validation[1])
+
+    def _save(self, saver: AsyncSaver, step: int, history: History | None, *, leave: bool) -> None:
+        """Begin a checkpoint where one is due; before leaving, wait until it is complete."""
+        if not leave and step % self._config.checkpoint.every_steps:
+            return
+        if leave:
+            saver.finish(self._group.sum)
+        layers = {self._names[index]: self._loop.optimizer.layer_state(index) for index in self._loop.layers}
+        saver.begin(step, layers, self._loop.numbers(), first=history.sync if history else None)
+        if leave:
+            saver.finish(self._group.sum)
+
+    def _report(self, step: int, *, now: bool) -> None:
+        saver, validation = self._saver, self._validation
+        problem = saver.problem if saver else ""
+        progress = self._meter.progress(step).model_copy(
+            update={
+                "last_checkpoint_step": saver.saved_step if saver else 0,
+                "checkpoint_problem": problem,
+                "checkpoint_damaged": bool(problem) and problem == self._resume_problem,
+                "validation_step": validation[0] if validation else 0,
+                "validation_loss": validation[1] if validation else None,
+            }
+        )
+        self._reporter.report(progress, now=now)
+        self._reporter.log_step(progress, now=now)
+
     def _end(self, step: int) -> ExitCode:
+        saved_step = self._saver.saved_step if self._saver else 0
         if step < self._config.train.steps:
-            log.info("drained", step=step, last_checkpoint_step=self._saved_step)
+            log.info("drained", step=step, last_checkpoint_step=saved_step)
             return ExitCode.DRAINED
-        if self._store and self._saved_step < step:
+        if self._saver and saved_step < step:
             raise SaveError(
                 f"spec.checkpoint.volumeClaimName: the state after the last step {step} could not be saved "
-                f"to {self._directory}; allowed: a volume with space for keep + 1 checkpoints; free space on "
-                f"it: the next attempt goes on from step {self._saved_step}"
+                f"to {self._directory}: {self._saver.problem}; allowed: a volume with space for keep + 1 checkpoints; "
+                f"free space on it: the next attempt goes on from step {saved_step}"
             )
         log.info("finished", step=step)
         return ExitCode.SUCCEEDED
@@ -130,27 +174,23 @@ class StageJob:
     def _resume(self) -> int:
         if not self._store:
             return 0
-        shapes = {index: layer_shapes(layer) for index, layer in self._layers.items()}
-        step, states = commit.resume(self._group, self._store, self._names, shapes)
-        for index, state in states.items():
-            load_layer_state(self._layers[index], self._loop.optimizer, state, step)
-        self._saved_step = step
+        membership, optimizer = self._assignment.membership, self._loop.optimizer
+        shapes = {index: optimizer.layer_shapes(index) for index in self._loop.layers}
+        resumed = commit.resume(self._store, membership, self._group.sum, self._names, shapes)
+        step = resumed.step
+        for index, state in resumed.layers.items():
+            optimizer.load_layer_state(index, state, int(resumed.extra.get("updates", step)))
+        self._loop.restore_numbers(resumed.extra)
+        self._resume_problem = resumed.problem
+        self._saver = AsyncSaver(self._store, membership, self._names, self._config.checkpoint.keep, resumed)
         log.info("resumed" if step else "no checkpoint: training starts at the beginning", step=step)
         return step
 
-    def _save(self, store: CheckpointStore, step: int) -> None:
-        started = time.monotonic()
-        if commit.save(
-            self._group,
-            store,
-            step,
-            names=self._names,
-            mine=self._loop.module.indices,
-            state_of=lambda index: layer_state(self._layers[index], self._loop.optimizer),
-            keep=self._config.checkpoint.keep,
-        ):
-            self._saved_step = step
-            log.info("checkpoint saved", step=step, seconds=round(time.monotonic() - started, 3))
+
+def open_corpus(config: WorkerConfig, model: LayeredModel) -> Corpus:
+    """Open the job's data; raises ConfigurationError where they do not fit the model."""
+    source = config.model.hugging_face
+    return Corpus(config.train, model.context, model.vocabulary, source.path if source else "")
 
 
 def _open_store(assignment: Assignment, model: LayeredModel) -> CheckpointStore | None:
@@ -161,7 +201,7 @@ def _open_store(assignment: Assignment, model: LayeredModel) -> CheckpointStore 
         f"{model.fingerprint} seed={assignment.config.train.seed}",
         assignment.attempt,
     )
-    store.check_writable(assignment.membership.stage)
+    store.check_writable(assignment.membership.rank)
     return store
 
 

@@ -20,7 +20,6 @@ from pipelinejob_worker.train.optimizer import (
 )
 from tests.unit.worker.ranks import on_ranks
 
-LAYERS = 4
 CLIP_NORM = 0.5
 RATE = 0.01
 
@@ -39,13 +38,13 @@ def build() -> dict[int, nn.Module]:
 
 
 def gradients(step: int, copy: int) -> dict[tuple[int, str], torch.Tensor | None]:
-    """What a copy's backward passes give. The bias of layer 4 never has any, its weight not on every copy."""
+    """What a copy's backward passes give. The weight of layer 4 never has any, its bias not on every copy."""
     generator = torch.Generator().manual_seed(1 + 100 * step + copy)
     made: dict[tuple[int, str], torch.Tensor | None] = {}
     for index, layer in build().items():
         for name, parameter in layer.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
-            unused = (index, name) == (4, "bias") or ((index, name) == (4, "weight") and (step + copy) % 3 == 0)
+            unused = (index, name) == (4, "weight") or ((index, name) == (4, "bias") and (step + copy) % 3 == 0)
             made[index, name] = None if unused or not parameter.requires_grad else values
     return made
 
@@ -91,7 +90,7 @@ def train(
     optimizer = StageOptimizer(settings, layers, replicas.owned)
     for index, state in (saved or {}).items():
         optimizer.load_layer_state(index, {key: torch.tensor(value) for key, value in state.items()}, steps[0])
-    slots = NormSlots(parameter_counts(layers, 7).tolist())
+    slots = NormSlots(parameter_counts(layers, total=7).tolist())
     norms = []
     for step in steps:
         optimizer.zero_grad()
@@ -252,6 +251,11 @@ def test_owners_have_about_equal_shares() -> None:
         shares = loads(sizes, owners(sizes, copies), copies)
         assert sum(shares) == sum(sizes.values())
         assert max(shares) <= 4 / 3 * math.ceil(sum(sizes.values()) / copies)
+
+
+def test_the_largest_parameters_are_given_away_first() -> None:
+    sizes = {(0, "norm"): 1, (0, "bias"): 1, (1, "matrix"): 2}
+    assert loads(sizes, owners(sizes, 2), 2) == [2, 2]
 
 
 def test_owners_depend_on_names_and_sizes_alone() -> None:

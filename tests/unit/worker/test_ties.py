@@ -46,7 +46,7 @@ def weights(layers: Mapping[int, nn.Module]) -> dict[str, Any]:
 
 
 def reference(copies: int = 1) -> dict[str, Any]:
-    """One process whose ends are parameters of their own; the sums of both are added once a step, first to last."""
+    """One process whose ends are parameters of their own; the sums of both are added once a step."""
     layers = build()
     optimizer = StageOptimizer(Optimizer(), layers)
     for step in range(STEPS):
@@ -129,7 +129,7 @@ def test_copies_of_two_stages_have_the_bits_of_one_process() -> None:
     assert ranks[0] | ranks[1] == ranks[2] | ranks[3] == reference(copies=2)
 
 
-def test_the_first_end_is_added_first_and_each_end_has_a_sum_of_its_own() -> None:
+def test_each_end_has_a_sum_of_its_own() -> None:
     layers = build()
     set_gradients(layers, 0)
     TiedGradients(TIES, layers, lambda _: 0).sum()

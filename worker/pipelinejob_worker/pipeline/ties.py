@@ -43,7 +43,7 @@ class TiedGradients:
         self._group = group
 
     def sum(self) -> None:
-        """Give both ends of every tie the gradient of the first plus that of the last.
+        """Give both ends of every tie the sum of their two gradients; it has the same bits in either order.
 
         Collective of the ranks that hold an end. An end without a gradient counts as zero; a weight that is not
         trained has none.

@@ -120,15 +120,19 @@ def _with_children(node: Schema, change: Callable[[Schema], Schema]) -> Schema:
 
 
 def _default_sections(model: type[BaseModel], schema: Schema) -> None:
-    """Give each optional section the default ``{}``: without it the defaults inside would not be filled in."""
+    """Give each optional section the default ``{}``: without it the defaults inside would not be filled in.
+
+    A section with rules gets its whole content: the API server tries them on the default before it fills that in.
+    """
     for name, field in model.model_fields.items():
         child = schema["properties"].get(field.alias or name)
         section = _section(field)
         if child is None or section is None:
             continue
-        if field.default_factory is not None:
-            child["default"] = {}
         _default_sections(section, child)
+        if field.default_factory is not None:
+            filled = {name: node["default"] for name, node in child["properties"].items() if "default" in node}
+            child["default"] = filled if "x-kubernetes-validations" in child else {}
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:

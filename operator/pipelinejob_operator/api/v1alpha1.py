@@ -42,8 +42,11 @@ def _immutable(field: str) -> dict[str, str]:
     )
 
 
-_UNFIT = f"self.stages < 1 || self.stages > {MAX_STAGES} || self.pipelines < 1 || self.pipelines > {MAX_PIPELINES}"
-"""A shape that the schema refuses by itself: then rules on top of it would only repeat that."""
+_UNFIT = (
+    f"self.stages < 1 || self.stages > {MAX_STAGES} || self.pipelines < 1 || self.pipelines > {MAX_PIPELINES} || "
+    "self.train.microbatches < 1"
+)
+"""Numbers that the schema refuses by itself: rules about them would only repeat that, or divide by zero."""
 
 
 def _microbatches(schedules: str, holds: str, message: str, *values: str) -> dict[str, str]:
@@ -53,8 +56,7 @@ def _microbatches(schedules: str, holds: str, message: str, *values: str) -> dic
         ".train.microbatches",
         f"{_UNFIT} || self.train.microbatches % self.pipelines != 0 || !(self.train.schedule.name in {schedules}) || "
         f"{holds.format(share=share)}",
-        f"(self.pipelines == 1 ? '%d ' : '%d a pipeline ').format([{share}]) + "
-        f"'{message}'.format([{', '.join(values)}])",
+        f"'%d %s{message}'.format([{share}, self.pipelines == 1 ? '' : 'a pipeline ', {', '.join(values)}])",
     )
 
 

@@ -23,6 +23,9 @@ MESSAGE_LIMIT = 2048
 """Longest message of a condition: long enough for a scheduler's words, short enough for a terminal."""
 
 
+_UNTOLD: tuple[ConditionStatus, Reason, str] = ("Unknown", Reason.NOT_STARTED, "")
+
+
 def rfc3339(time: datetime) -> str:
     """Render a time as the API server does, in whole seconds."""
     return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -42,7 +45,10 @@ class Draft:
         self._shown = [kind for kind in ConditionType if kind != ConditionType.CHECKPOINTED or _saves(job)]
         for kind in self._shown:
             if kind not in self._conditions:
-                self.condition(kind, "Unknown", Reason.NOT_STARTED, "")
+                told = (
+                    saved(job.status.progress.last_checkpoint_step) if kind == ConditionType.CHECKPOINTED else _UNTOLD
+                )
+                self.condition(kind, *told)
 
     def condition(self, kind: ConditionType, status: ConditionStatus, reason: Reason, message: str) -> None:
         """Set a condition; its transition time moves only when its status changes."""

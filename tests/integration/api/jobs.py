@@ -30,3 +30,23 @@ def job(**changes: Any) -> dict[str, Any]:
 def worker(**container: Any) -> dict[str, Any]:
     """A template that sets members of the container worker."""
     return {"spec": {"containers": [{"name": "worker", **container}]}}
+
+
+def schedule(name: str, chunks: int = 1) -> dict[str, Any]:
+    """Changes that choose a schedule."""
+    return {"spec__train__schedule": {"name": name, "chunksPerStage": chunks}}
+
+
+def steps(microbatches: int) -> dict[str, Any]:
+    """Changes that cut a step into microbatches of one sample."""
+    return {"spec__train__microbatches": microbatches, "spec__train__globalBatchSize": microbatches}
+
+
+def manual(*boundaries: int) -> dict[str, Any]:
+    """Changes that cut the model by hand."""
+    return {"spec__partition": {"strategy": "Manual", "boundaries": list(boundaries)}}
+
+
+def hugging_face(path: str) -> dict[str, Any]:
+    """Changes that take the model from a directory or a hub."""
+    return {"spec__model": {"huggingFace": {"path": path, "context": 256}}}

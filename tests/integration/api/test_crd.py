@@ -9,7 +9,7 @@ import pytest
 
 from pipelinejob_worker.protocol import Env
 from tests.cluster.control_plane import ControlPlane
-from tests.integration.api.jobs import GOOD, job, worker
+from tests.integration.api.jobs import GOOD, hugging_face, job, manual, schedule, steps, worker
 from tests.integration.api.kubectl import Kubectl
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,7 +26,7 @@ def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
 
 NUMBER = r"^[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$"
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no stages": (
         {"spec__stages": 0},
         "spec.stages: Invalid value: 0: spec.stages in body should be greater than or equal to 1",
@@ -54,7 +54,8 @@ REFUSED = {
     ),
     "an unknown schedule": (
         {"spec__train__schedule": {"name": "Zigzag"}},
-        'spec.train.schedule.name: Unsupported value: "Zigzag": supported values: "GPipe", "1F1B"',
+        'spec.train.schedule.name: Unsupported value: "Zigzag": supported values: "GPipe", "1F1B", "LoopedBFS", '
+        '"Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"',
     ),
     "an unknown field": (
         {"spec__stagse": 4},
@@ -68,7 +69,7 @@ REFUSED = {
     ),
     "a model from nowhere": (
         {"spec__model": {}},
-        "spec.model.preset: Required value: no source of the model is set; allowed: preset",
+        "spec.model.preset: Required value: no source of the model is set; allowed: one of preset, huggingFace, module",
     ),
     "a learning rate that is no number": (
         {"spec__train__optimizer": {"learningRate": "fast"}},
@@ -93,19 +94,246 @@ REFUSED = {
 }
 
 
+PIPELINES = {
+    "no pipelines": (
+        {"spec__pipelines": 0},
+        "spec.pipelines: Invalid value: 0: spec.pipelines in body should be greater than or equal to 1",
+    ),
+    "too many pipelines": (
+        {"spec__pipelines": 65},
+        "spec.pipelines: Invalid value: 65: spec.pipelines in body should be less than or equal to 64",
+    ),
+    "too many pods": (
+        {"spec__stages": 16, "spec__pipelines": 64, **steps(1024)},
+        "spec.pipelines: Invalid value: 64 pipelines of 16 stages are 1024 pods; allowed: at most 512",
+    ),
+    "microbatches that the pipelines cannot share": (
+        {"spec__pipelines": 3},
+        "spec.train.microbatches: Invalid value: 8 cannot be shared equally by 3 pipelines; allowed: a multiple of it",
+    ),
+    "a share of microbatches that is too small": (
+        {"spec__pipelines": 4},
+        "spec.train.microbatches: Invalid value: 2 a pipeline is too few for schedule 1F1B on 4 stages; allowed: 4 or "
+        "more, or schedule GPipe",
+    ),
+}
+
+SCHEDULES = {
+    "no microbatches": (
+        {"spec__train__microbatches": 0},
+        "spec.train.microbatches: Invalid value: 0: spec.train.microbatches in body should be greater than or equal to "
+        "1",
+    ),
+    "chunks for GPipe": (
+        schedule("GPipe", 2),
+        "spec.train.schedule.chunksPerStage: Invalid value: 2 chunks do not fit schedule GPipe; allowed: 1, or "
+        "schedule LoopedBFS, Interleaved1F1B or InterleavedZeroBubble",
+    ),
+    "chunks for 1F1B": (
+        schedule("1F1B", 2),
+        "spec.train.schedule.chunksPerStage: Invalid value: 2 chunks do not fit schedule 1F1B; allowed: 1, or schedule "
+        "LoopedBFS, Interleaved1F1B or InterleavedZeroBubble",
+    ),
+    "one chunk for ZBVZeroBubble": (
+        schedule("ZBVZeroBubble", 1),
+        "spec.train.schedule.chunksPerStage: Invalid value: 1 chunks do not fit schedule ZBVZeroBubble, whose chunks "
+        "run down the stages and back up; allowed: 2",
+    ),
+    "three chunks for DualPipeV": (
+        schedule("DualPipeV", 3),
+        "spec.train.schedule.chunksPerStage: Invalid value: 3 chunks do not fit schedule DualPipeV, whose chunks run "
+        "down the stages and back up; allowed: 2",
+    ),
+    "too many chunks": (
+        schedule("LoopedBFS", 17),
+        "spec.train.schedule.chunksPerStage: Invalid value: 17: spec.train.schedule.chunksPerStage in body should be "
+        "less than or equal to 16",
+    ),
+    "fewer microbatches than DualPipeV needs": (
+        {"spec__stages": 5, **schedule("DualPipeV", 2)},
+        "spec.train.microbatches: Invalid value: 8 is too few for schedule DualPipeV on 5 stages; allowed: 10 or more, "
+        "twice the stages, or schedule ZBVZeroBubble",
+    ),
+    "rounds of Interleaved1F1B that are not full": (
+        {"spec__stages": 3, **schedule("Interleaved1F1B", 2)},
+        "spec.train.microbatches: Invalid value: 8 is not a multiple of the 3 stages, which schedule Interleaved1F1B "
+        "visits in rounds; allowed: a multiple, or schedule LoopedBFS",
+    ),
+    "rounds of a pipeline's share that are not full": (
+        {"spec__stages": 3, "spec__pipelines": 2, **schedule("InterleavedZeroBubble", 2)},
+        "spec.train.microbatches: Invalid value: 4 a pipeline is not a multiple of the 3 stages, which schedule "
+        "InterleavedZeroBubble visits in rounds; allowed: a multiple, or schedule LoopedBFS",
+    ),
+    **{
+        f"compiled layers with {name}": (
+            {"spec__train__compile": True, **schedule(name, 2)},
+            f"spec.train.compile: Invalid value: compiled layers cannot split their backward as schedule {name} needs; "
+            "allowed: false, or schedule GPipe, 1F1B, LoopedBFS or Interleaved1F1B",
+        )
+        for name in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+    },
+}
+
+PARTITION = {
+    "an unknown strategy": (
+        {"spec__partition": {"strategy": "Random"}},
+        'spec.partition.strategy: Unsupported value: "Random": supported values: "Balanced", "Even", "Manual"',
+    ),
+    "Manual without boundaries": (
+        {"spec__partition": {"strategy": "Manual"}},
+        "spec.partition.boundaries: Invalid value: boundaries and strategy Manual do not fit; allowed: boundaries with "
+        "strategy Manual, and only with it",
+    ),
+    "boundaries for Even": (
+        {"spec__partition": {"strategy": "Even", "boundaries": [1, 2, 3]}},
+        "spec.partition.boundaries: Invalid value: boundaries and strategy Even do not fit; allowed: boundaries with "
+        "strategy Manual, and only with it",
+    ),
+    "too few boundaries": (
+        manual(2, 4),
+        "spec.partition.boundaries: Invalid value: 2 boundaries do not cut the model into 4 stages of 1 chunks; "
+        "allowed: 3",
+    ),
+    "a boundary for each stage but not for each chunk": (
+        {**manual(2, 4, 6), **schedule("LoopedBFS", 2)},
+        "spec.partition.boundaries: Invalid value: 3 boundaries do not cut the model into 4 stages of 2 chunks; "
+        "allowed: 7",
+    ),
+    "boundaries that go back": (
+        manual(4, 2, 6),
+        "spec.partition.boundaries: Invalid value: boundaries are not in order; allowed: ascending, each the first "
+        "layer of the next chunk",
+    ),
+    "a chunk without layers": (
+        manual(2, 4, 4),
+        "spec.partition.boundaries[2]: Duplicate value: 4",
+    ),
+    "a boundary before the first layer": (
+        manual(0, 2, 4),
+        "spec.partition.boundaries[0]: Invalid value: 0: spec.partition.boundaries[0] in body should be greater than "
+        "or equal to 1",
+    ),
+    "a negative memory limit": (
+        {"spec__partition": {"memoryLimitMiB": -1}},
+        "spec.partition.memoryLimitMiB: Invalid value: -1: spec.partition.memoryLimitMiB in body should be greater "
+        "than or equal to 0",
+    ),
+}
+
+MODELS = {
+    "two sources": (
+        {"spec__model__module": {"function": "mine:build"}},
+        "spec.model.preset: Forbidden: several sources of the model are set; allowed: one of preset, huggingFace, "
+        "module",
+    ),
+    "no heads": (
+        {"spec__model__preset__heads": 0},
+        "spec.model.preset.heads: Invalid value: 0: spec.model.preset.heads in body should be greater than or equal to "
+        "1",
+    ),
+    "a path that is no directory and no id": (
+        hugging_face("./llama"),
+        "spec.model.huggingFace.path: Invalid value: ./llama is neither a directory nor the id of a model; allowed: a "
+        "path with a leading /, or an id such as Qwen/Qwen3-0.6B",
+    ),
+    "an address instead of an id": (
+        hugging_face("https://example.com/llama"),
+        "spec.model.huggingFace.path: Invalid value: https://example.com/llama is neither a directory nor the id of a "
+        "model; allowed: a path with a leading /, or an id such as Qwen/Qwen3-0.6B",
+    ),
+    "a model without context": (
+        {"spec__model": {"huggingFace": {"path": "/models/llama"}}},
+        "spec.model.huggingFace.context: Required value",
+    ),
+    "a function without module": (
+        {"spec__model": {"module": {"function": "build"}}},
+        'spec.model.module.function: Invalid value: "build": spec.model.module.function in body should match '
+        "'^[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*$'",
+    ),
+    "an argument given twice": (
+        {"spec__model": {"module": {"function": "m:f", "arguments": [{"name": "a", "value": "1"}] * 2}}},
+        'spec.model.module.arguments[1]: Duplicate value: {"name":"a"}',
+    ),
+    "a tokenizer from nowhere": (
+        {"spec__train__data__tokenizer": "HuggingFace"},
+        "spec.train.data.tokenizerPath: Required value: tokenizer HuggingFace needs a directory with tokenizer.json; "
+        "allowed: its path, or none with model.huggingFace, which has one, or tokenizer Bytes",
+    ),
+}
+
+OPTIMIZER = {
+    "an unknown optimizer": (
+        {"spec__train__optimizer": {"name": "Lion"}},
+        'spec.train.optimizer.name: Unsupported value: "Lion": supported values: "AdamW", "SGD"',
+    ),
+    **{
+        f"{field} that never forgets": (
+            {"spec__train__optimizer": {field: "1"}},
+            f"spec.train.optimizer.{field}: Invalid value: 1 is too large; allowed: 0 or more and less than 1",
+        )
+        for field in ("momentum", "beta1", "beta2")
+    },
+    "a negative learning rate": (
+        {"spec__train__optimizer": {"learningRate": "-1"}},
+        'spec.train.optimizer.learningRate: Invalid value: "-1": spec.train.optimizer.learningRate in body should '
+        f"match '{NUMBER}'",
+    ),
+    "an unknown decay": (
+        {"spec__train__optimizer": {"decay": "Sudden"}},
+        'spec.train.optimizer.decay: Unsupported value: "Sudden": supported values: "Constant", "Cosine", "Linear"',
+    ),
+    "a precision that is none": (
+        {"spec__train__precision": "Float8"},
+        'spec.train.precision: Unsupported value: "Float8": supported values: "Float32", "BFloat16", "Float16"',
+    ),
+    "a validation split of all": (
+        {"spec__train__data__validationPercent": 51},
+        "spec.train.data.validationPercent: Invalid value: 51: spec.train.data.validationPercent in body should be "
+        "less than or equal to 50",
+    ),
+    "an unknown packing": (
+        {"spec__train__data__packing": "Tight"},
+        'spec.train.data.packing: Unsupported value: "Tight": supported values: "Stream", "Documents"',
+    ),
+}
+
+REFUSED |= PIPELINES | SCHEDULES | PARTITION | MODELS | OPTIMIZER
+
+
 @pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED.keys())
 def test_bad_input_is_refused_in_one_line(kubectl: Kubectl, changes: dict[str, Any], said: str) -> None:
     assert kubectl.refusal("create", "--dry-run=server", "-f", "-", stdin=job(**changes)) == said
 
 
-@pytest.mark.parametrize("schedule", ["GPipe", "1F1B"])
-def test_good_input_is_taken(kubectl: Kubectl, schedule: str) -> None:
-    kubectl.said("create", "--dry-run=server", "-f", "-", stdin=job(spec__train__schedule={"name": schedule}))
+TAKEN: dict[str, dict[str, Any]] = {
+    "GPipe with fewer microbatches than stages": {**schedule("GPipe"), **steps(2)},
+    "1F1B with as many": {**schedule("1F1B"), **steps(4)},
+    "LoopedBFS with rounds that are not full": {**schedule("LoopedBFS", 2), **steps(5)},
+    "Interleaved1F1B": schedule("Interleaved1F1B", 2),
+    "InterleavedZeroBubble with one chunk": schedule("InterleavedZeroBubble"),
+    "ZBVZeroBubble": schedule("ZBVZeroBubble", 2),
+    "DualPipeV": schedule("DualPipeV", 2),
+    "compiled layers": {"spec__train__compile": True},
+    "as many pods as are allowed": {"spec__stages": 8, "spec__pipelines": 64, **steps(1024)},
+    "a boundary before every chunk but the first": {**manual(1, 2, 3, 4, 5, 6, 7), **schedule("ZBVZeroBubble", 2)},
+    "as many boundaries as there can be": {"spec__stages": 512, **manual(*range(1, 512)), **schedule("GPipe")},
+    "a model from a directory": hugging_face("/models/llama"),
+    "a model from the hub with its tokenizer": {
+        **hugging_face("Qwen/Qwen3-0.6B"),
+        "spec__train__data__tokenizer": "HuggingFace",
+    },
+    "an old model from the hub": hugging_face("gpt2"),
+    "a model from a function": {"spec__model": {"module": {"function": "my_package.model:build"}}},
+    "a tokenizer from a directory": {
+        "spec__train__data__tokenizer": "HuggingFace",
+        "spec__train__data__tokenizerPath": "/models/tokenizer",
+    },
+}
 
 
-def test_gpipe_takes_fewer_microbatches_than_stages(kubectl: Kubectl) -> None:
-    few = job(spec__train__schedule={"name": "GPipe"}, spec__train__microbatches=2)
-    kubectl.said("create", "--dry-run=server", "-f", "-", stdin=few)
+@pytest.mark.parametrize("changes", TAKEN.values(), ids=TAKEN.keys())
+def test_good_input_is_taken(kubectl: Kubectl, changes: dict[str, Any]) -> None:
+    kubectl.said("create", "--dry-run=server", "-f", "-", stdin=job(**changes))
 
 
 def test_the_template_keeps_what_the_schema_does_not_know(kubectl: Kubectl) -> None:
@@ -146,6 +374,7 @@ class TestUpdate:
             ({"gpu": {"count": 0}}, "gpu"),
             ({"network": {"networkPolicy": "Disabled"}}, "network"),
             ({"placement": {"topologyLevels": ["rack"]}}, "placement"),
+            ({"partition": {"strategy": "Even"}}, "partition"),
         ],
     )
     def test_the_rest_is_immutable(self, kubectl: Kubectl, patch: dict[str, Any], field: str) -> None:
@@ -155,6 +384,7 @@ class TestUpdate:
     @pytest.mark.parametrize(
         "patch",
         [
+            {"pipelines": 2},
             {"suspend": True},
             {"checkpoint": {"everySteps": 5}},
             {"recovery": {"maxRestarts": 0}},
@@ -169,6 +399,32 @@ class TestUpdate:
     def test_columns(self, kubectl: Kubectl) -> None:
         header, _ = kubectl.said("get", "pj").splitlines()
         assert " ".join(header.split()) == "NAME MODE STAGES STATE STEP PROGRESS LOSS TOKENS/S BUBBLE RESTARTS AGE"
+
+    def test_columns_of_the_wide_output(self, kubectl: Kubectl) -> None:
+        header, _ = kubectl.said("get", "pj", "-o", "wide").splitlines()
+        assert " ".join(header.split()[11:]) == "CHECKPOINT SCHEDULE BUBBLE-LIMIT MFU REASON"
+
+    def test_pipelines_scale_within_the_rules(self, kubectl: Kubectl) -> None:
+        line = kubectl.refusal("patch", "pj/tiny", "--type=merge", "-p", json.dumps({"spec": {"pipelines": 4}}))
+        assert line == (
+            "spec.train.microbatches: Invalid value: 2 a pipeline is too few for schedule 1F1B on 4 stages; allowed: 4 "
+            "or more, or schedule GPipe"
+        )
+
+    def test_a_status_of_an_operator_that_knew_one_pipeline_stays_valid(self, kubectl: Kubectl) -> None:
+        status = {"stages": [{"index": 0, "pod": "tiny-s0-a0"}, {"index": 1, "pod": "tiny-s1-a0"}]}
+        patch = json.dumps({"status": status})
+        kubectl.said("patch", "pj/tiny", "--subresource=status", "--type=merge", "-p", patch)
+        stages = json.loads(kubectl.said("get", "pj/tiny", "-o", "json"))["status"]["stages"]
+        assert [(item["index"], item["pipeline"]) for item in stages] == [(0, 0), (1, 0)]
+
+    def test_a_stage_of_each_pipeline_has_an_entry_of_its_own(self, kubectl: Kubectl) -> None:
+        places = [{"index": stage, "pipeline": pipeline} for pipeline in range(2) for stage in range(2)]
+        patch = json.dumps({"status": {"stages": places}})
+        kubectl.said("patch", "pj/tiny", "--subresource=status", "--type=merge", "-p", patch)
+        twice = json.dumps({"status": {"stages": [*places, places[0]]}})
+        line = kubectl.refusal("patch", "pj/tiny", "--subresource=status", "--type=merge", "-p", twice)
+        assert line == 'status.stages[4]: Duplicate value: {"index":0,"pipeline":0}'
 
 
 def test_explain_describes_every_field(kubectl: Kubectl) -> None:

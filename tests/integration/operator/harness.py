@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from kubernetes.aio import client, config
 
-from pipelinejob_operator.build.names import JOB_LABEL, STAGE_LABEL
+from pipelinejob_operator.build.names import JOB_LABEL
+from pipelinejob_operator.policy.facts import StagePod
 from pipelinejob_operator.runtime.client import JOBS, PODS, ApiError, Kubernetes, Resource
 from tests.cluster.control_plane import free_port
 
@@ -187,7 +188,7 @@ class Kubelet:
 
     async def _serve(self, pod: Manifest) -> None:
         name, spec, status = pod["metadata"]["name"], pod["spec"], pod.get("status", {})
-        stage = int(pod["metadata"]["labels"][STAGE_LABEL])
+        rank = StagePod.read(pod).place.rank
         if "deletionTimestamp" in pod["metadata"]:
             if self.buries:
                 await self._api.force_delete(PODS, self._namespace, name)
@@ -197,7 +198,7 @@ class Kubelet:
                     "apiVersion": "v1",
                     "kind": "Binding",
                     "metadata": {"name": name},
-                    "target": {"apiVersion": "v1", "kind": "Node", "name": f"node-{stage}"},
+                    "target": {"apiVersion": "v1", "kind": "Node", "name": f"node-{rank}"},
                 }
                 await self._api.post(f"/api/v1/namespaces/{self._namespace}/pods/{name}/binding", binding)
         elif status.get("phase") == "Pending" and self.starts:
@@ -206,7 +207,7 @@ class Kubelet:
                 phase="Running",
                 ready=True,
                 state={"running": {"startedAt": _now()}},
-                address=f"127.0.0.{10 + stage}",
+                address=f"127.0.0.{10 + rank}",
             )
 
     async def end(self, pod: Manifest, exit_code: int, text: str = "", reason: str = "") -> None:

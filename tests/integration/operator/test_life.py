@@ -5,7 +5,7 @@ from functools import partial
 
 from aiohttp import web
 
-from pipelinejob_operator.runtime.client import EVENTS, JOBS
+from pipelinejob_operator.runtime.client import CLAIMS, EVENTS, JOBS
 from pipelinejob_worker.protocol import (
     STATUS_PORT,
     AgentStatus,
@@ -82,6 +82,9 @@ async def test_a_job_runs_shows_its_progress_and_succeeds(
             "modelFlops": "",
         }
         assert [stage["layers"] for stage in job["status"]["stages"]] == ["0-2", "3-5", "6-9"]
+        assert [stage["waitingPercent"] for stage in job["status"]["stages"]] == [25, 24, 26]
+        progress = job["status"]["progress"]
+        assert (progress["stepMilliseconds"], progress["validationLoss"]) == (500, "2.4")
 
         told = Termination(stage=0, exit_code=0, reason="Completed", step=200).to_json()
         for pod in await api.pods(namespace):
@@ -108,7 +111,7 @@ def all_of_attempt(attempt: int, pods: list[Manifest]) -> bool:
     return [pod["metadata"]["name"] for pod in pods] == [f"tiny-s{stage}-a{attempt}" for stage in range(3)]
 
 
-async def _agent(job_uid: str) -> web.AppRunner:
+async def _agent(job_uid: str, **progress: object) -> web.AppRunner:
     """Serve the status of stage 0, as its agent does."""
     status = AgentStatus(
         job_uid=job_uid,
@@ -122,14 +125,16 @@ async def _agent(job_uid: str) -> web.AppRunner:
             tokens_per_second=14211.0,
             bubble_percent=29.2,
             bubble_limit_percent=27.3,
+            step_seconds=0.5,
+            validation_loss=2.4,
             remaining_seconds=40.0,
             last_checkpoint_step=100,
             stages=[
-                StageTiming(stage=0, busy_percent=71, layers="0-2"),
-                StageTiming(stage=1, busy_percent=72, layers="3-5"),
-                StageTiming(stage=2, busy_percent=70, layers="6-9"),
+                StageTiming(stage=0, busy_percent=71, layers="0-2", waiting_percent=25),
+                StageTiming(stage=1, busy_percent=72, layers="3-5", waiting_percent=24),
+                StageTiming(stage=2, busy_percent=70, layers="6-9", waiting_percent=26),
             ],
-        ),
+        ).model_copy(update=progress),
     )
 
     async def answer(_: web.Request) -> web.Response:
@@ -182,3 +187,56 @@ async def test_a_failed_stage_restarts_the_gang_until_the_budget_is_spent(
         reasons = await event_reasons(api, namespace, {"RestartBudgetSpent"})
         assert reasons.count("Restarting") == 1
         assert reasons.count("RestartBudgetSpent") == 1
+
+
+async def test_pipelines_are_one_gang_and_another_number_of_them_is_another_gang(
+    api: Api, namespace: str, kubelet: Kubelet, operator: Callable[..., Operator]
+) -> None:
+    with running(operator()):
+        await api.create(JOBS, job_manifest(namespace, stages=2, pipelines=2))
+        job = await eventually(lambda: api.job(namespace), state("Running"))
+        assert job["status"]["summary"]["stages"] == "4/4"
+        assert job["status"]["readyStages"] == 4
+        places = [(item["index"], item["pipeline"], item["node"]) for item in job["status"]["stages"]]
+        assert places == [(0, 0, "node-0"), (1, 0, "node-1"), (0, 1, "node-2"), (1, 1, "node-3")]
+        pods = await eventually(
+            lambda: api.pods(namespace),
+            lambda pods: all(pod["metadata"]["annotations"][MEMBERSHIP] for pod in pods),
+        )
+        assert [pod["metadata"]["name"] for pod in pods] == [
+            f"tiny-p{pipeline}-s{stage}-a0" for pipeline in range(2) for stage in range(2)
+        ]
+        last = Membership.model_validate_json(pods[3]["metadata"]["annotations"][MEMBERSHIP])
+        assert (last.rank, last.world_size, last.previous_address, last.next_address) == (3, 4, "127.0.0.12", "")
+        assert last.master_address == "127.0.0.10"
+
+        await api.set_spec(namespace, pipelines=1)
+        pods = await eventually(
+            lambda: api.pods(namespace),
+            lambda pods: [pod["metadata"]["name"] for pod in pods] == ["tiny-s0-a1", "tiny-s1-a1"],
+        )
+        job = await eventually(lambda: api.job(namespace), state("Running"))
+        assert (job["status"]["restarts"], job["status"]["summary"]["stages"]) == (0, "2/2")
+
+
+async def test_a_checkpoint_that_cannot_be_written_is_told(
+    api: Api, namespace: str, kubelet: Kubelet, operator: Callable[..., Operator]
+) -> None:
+    claim = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
+    metadata = {"name": "saves", "namespace": namespace}
+    await api.create(CLAIMS, {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": claim})
+    words = "the checkpoint of step 150 was not written: no space is left on the volume"
+    with running(operator()):
+        created = await api.create(JOBS, job_manifest(namespace, checkpoint={"volumeClaimName": "saves"}))
+        job = await eventually(lambda: api.job(namespace), state("Running"))
+        assert conditions(job)["Checkpointed"] == ("Unknown", "NotSavedYet")
+        agent = await _agent(created["metadata"]["uid"], checkpoint_problem=words)
+        try:
+            job = await eventually(
+                lambda: api.job(namespace), lambda job: conditions(job)["Checkpointed"] == ("False", "CheckpointFailed")
+            )
+        finally:
+            await agent.cleanup()
+        assert message(job, "Checkpointed") == words
+        assert job["status"]["progress"]["lastCheckpointStep"] == 100
+        await event_reasons(api, namespace, {"CheckpointFailed"})

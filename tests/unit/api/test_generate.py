@@ -47,7 +47,8 @@ def test_omitted_sections_get_their_defaults() -> None:
     spec = crd.structural_schema()["properties"]["spec"]["properties"]
     assert spec["gpu"]["default"] == {}
     assert spec["gpu"]["properties"]["count"]["default"] == 1
-    assert spec["train"]["properties"]["schedule"]["default"] == {}
+    schedule = spec["train"]["properties"]["schedule"]
+    assert schedule["default"] == {"name": "1F1B", "chunksPerStage": 1}, "its rules are tried on the default itself"
     assert "default" not in spec["train"], "a required section has no default"
     assert "default" not in spec["template"], "an absent template stays absent"
 

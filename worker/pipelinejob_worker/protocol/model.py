@@ -15,7 +15,7 @@ class Preset(Wire):
         json_schema_extra=cel(
             rule(
                 ".heads",
-                "self.width % self.heads == 0",
+                "self.heads < 1 || self.width % self.heads == 0",
                 "'%d does not divide width %d; allowed: a divisor of the width'.format([self.heads, self.width])",
             ),
             rule(

@@ -120,7 +120,7 @@ class Train(Wire):
         json_schema_extra=cel(
             rule(
                 ".globalBatchSize",
-                "self.globalBatchSize % self.microbatches == 0",
+                "self.microbatches < 1 || self.globalBatchSize % self.microbatches == 0",
                 "'%d is not divisible by microbatches %d; allowed: a multiple of it'"
                 ".format([self.globalBatchSize, self.microbatches])",
             ),

@@ -1,0 +1,186 @@
+"""Plans to choose from: exact where the problem allows it, else several heuristics. Pure."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from pipelinejob_operator.placement import chain, gaps, order, packing, spread
+from pipelinejob_operator.placement.links import Shape, measure
+from pipelinejob_operator.placement.problem import Problem, Separation
+from pipelinejob_operator.placement.topology import Path
+from pipelinejob_operator.placement.tree import Domain, build, ranked
+
+TRIALS = 100_000
+"""Exchanges that are tried to better a draft that is not known to be the cheapest."""
+
+Hosts = list[Path]
+"""The host of each rank."""
+
+
+def fresh(problem: Problem, separation: Separation) -> Iterator[Hosts]:
+    """Plans in which any stage may move."""
+    if not problem.equal:
+        return _unequal(problem, separation)
+    if problem.shape.pipelines == 1:
+        return _chain(problem, separation)
+    return _chains(problem, separation)
+
+
+def around(problem: Problem, pinned: Mapping[int, Path], separation: Separation) -> Hosts | None:
+    """All ``pinned`` ranks stay, and the others go where the links to them cost least; None if that cannot be."""
+    domains = {host[: problem.top] for host in pinned.values()}
+    if len(domains) != 1:
+        return None
+    ledger = problem.ledger(domains.pop())
+    for rank, host in pinned.items():
+        if rank not in problem.keep:
+            if not ledger.fits(host, problem.demands[rank]):
+                return None
+            ledger.take(host, problem.demands[rank])
+    placed = dict(pinned)
+    if problem.equal and separation == "Off":
+        return _fill_gaps(problem, placed, ledger)
+    missing = [rank for rank in range(problem.shape.ranks) if rank not in placed]
+    return _one_by_one(problem, missing, placed, ledger, separation)
+
+
+def hardest_first(problem: Problem, domain: Path, separation: Separation) -> dict[int, Path]:
+    """Ranks with the fewest places first, each near to its neighbours. Holds the ranks up to the first that fails."""
+    ledger = problem.ledger(domain)
+    fit = {demand: sum(demand.room(ledger.free[host]) for host in ledger.hosts(demand)) for demand in problem.admitted}
+    placed: dict[int, Path] = {}
+    ranks = sorted(range(problem.shape.ranks), key=lambda rank: (fit[problem.demands[rank]], rank))
+    _one_by_one(problem, ranks, placed, ledger, separation)
+    return placed
+
+
+def _chain(problem: Problem, separation: Separation) -> Iterator[Hosts]:
+    root = build(problem.rooms(problem.demands[0]))
+    if separation != "Off":
+        line = spread.solve(root, problem.shape.ranks, problem.weights, top=problem.top)
+        if line is not None:
+            yield line
+        return
+    held: dict[Path, int] = {}
+    for host in problem.current.values():
+        held[host] = held.get(host, 0) + 1
+    counts = chain.solve(root, problem.shape.ranks, problem.weights, top=problem.top, held=held)
+    if counts is not None:
+        yield order.walk(counts, problem.current)
+
+
+def _chains(problem: Problem, separation: Separation) -> Iterator[Hosts]:
+    """One long chain cut into strips, and chain after chain."""
+    shape, rooms = problem.shape, problem.rooms(problem.demands[0])
+    drafts: list[Hosts] = []
+    if separation == "Off":
+        counts = chain.solve(build(rooms), shape.ranks, problem.weights, top=problem.top)
+        if counts is not None:
+            line = order.walk(counts, {})
+            widths = [width for width in range(1, shape.pipelines + 1) if shape.pipelines % width == 0]
+            drafts += [_strips(line, shape, width) for width in widths]
+    inside = _chain_by_chain(problem, rooms, separation)
+    if inside is not None:
+        drafts.append(inside)
+    return _improved(problem, drafts, separation)
+
+
+def _chain_by_chain(problem: Problem, rooms: Mapping[Path, int], separation: Separation) -> Hosts | None:
+    """Each pipeline at its least cost in what those before left, all in the narrowest domain in which that succeeds."""
+    root = build(rooms)
+    for depth in range(len(problem.weights) - 1, problem.top - 1, -1):
+        for _, domain in ranked(root, depth, problem.shape.ranks, problem.weights):
+            left = {host: room for host, room in rooms.items() if host[:depth] == domain.path}
+            hosts: Hosts = []
+            for _ in range(problem.shape.pipelines):
+                line = _line(build(left), problem, separation)
+                if line is None:
+                    break
+                for host in line:
+                    left[host] -= 1
+                hosts += line
+            else:
+                return hosts
+    return None
+
+
+def _line(root: Domain, problem: Problem, separation: Separation) -> Hosts | None:
+    if separation != "Off":
+        return spread.solve(root, problem.shape.stages, problem.weights)
+    counts = chain.solve(root, problem.shape.stages, problem.weights)
+    return None if counts is None else order.walk(counts, {})
+
+
+def _strips(line: Sequence[Path], shape: Shape, width: int) -> Hosts:
+    """``line`` dealt out to ``width`` pipelines at a time, stage by stage: 1 keeps chains whole, all keeps rings."""
+    hosts: Hosts = [()] * shape.ranks
+    places = iter(line)
+    for first in range(0, shape.pipelines, width):
+        for stage in range(shape.stages):
+            for pipeline in range(first, first + width):
+                hosts[pipeline * shape.stages + stage] = next(places)
+    return hosts
+
+
+def _unequal(problem: Problem, separation: Separation) -> Iterator[Hosts]:
+    """Everything as large as the largest, planned exactly; pieces as long as they fit; else the hardest first."""
+    drafts: list[Hosts] = []
+    if separation == "Off":
+        counts = chain.solve(build(problem.rooms_if_all(max)), problem.shape.ranks, problem.weights, top=problem.top)
+        if counts is not None:
+            drafts.append(order.walk(counts, {}))
+        anywhere = build(dict.fromkeys(frozenset.union(*problem.admitted.values()), 1))
+        pieces = packing.Packing(problem.ledger(), problem.demands, problem.weights).best(anywhere, problem.top)
+        if pieces is not None:
+            drafts.append(pieces)
+    if not drafts:
+        for domain in sorted({host[: problem.top] for host in problem.free}):
+            placed = hardest_first(problem, domain, separation)
+            if len(placed) == problem.shape.ranks:
+                drafts.append([placed[rank] for rank in range(problem.shape.ranks)])
+    return _improved(problem, drafts, separation)
+
+
+def _improved(problem: Problem, drafts: Sequence[Hosts], separation: Separation) -> Iterator[Hosts]:
+    """Every draft, and the cheapest of them bettered by exchanges within the same hosts."""
+    yield from drafts
+    if not drafts:
+        return
+    hosts = min(drafts, key=lambda draft: (measure(draft, problem.shape, problem.levels).cost, draft))
+    exchange = packing.Exchange(problem.task(separation), hosts, problem.ledger())
+    exchange.improve(TRIALS)
+    yield exchange.hosts
+
+
+def _one_by_one(
+    problem: Problem, ranks: Sequence[int], placed: dict[int, Path], ledger: packing.Ledger, separation: Separation
+) -> Hosts | None:
+    done = packing.one_by_one(problem.task(separation), ranks, placed, ledger)
+    return [placed[rank] for rank in range(problem.shape.ranks)] if done else None
+
+
+def _fill_gaps(problem: Problem, placed: dict[int, Path], ledger: packing.Ledger) -> Hosts | None:
+    """Gap after gap, each at its least cost in what those before left. A chain without any end joins another's."""
+    demand, stages = problem.demands[0], problem.shape.stages
+    for first, last in _gaps(placed, problem.shape):
+        rooms = {host: demand.room(free) for host, free in ledger.free.items() if ledger.fits(host, demand)}
+        before = placed.get(first - 1) if first % stages else None
+        after = placed.get(last + 1) if (last + 1) % stages else None
+        if before is None and after is None:
+            before = placed.get(first - stages) or next(iter(placed.values()))
+        hosts = gaps.fill(rooms, last - first + 1, problem.weights, before, after)
+        if hosts is None:
+            return None
+        for rank, host in enumerate(hosts, start=first):
+            placed[rank] = host
+            ledger.take(host, demand)
+    return [placed[rank] for rank in range(problem.shape.ranks)]
+
+
+def _gaps(placed: Mapping[int, Path], shape: Shape) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    for rank in range(shape.ranks):
+        if rank not in placed:
+            if found and found[-1][1] == rank - 1 and rank % shape.stages:
+                found[-1] = (found[-1][0], rank)
+            else:
+                found.append((rank, rank))
+    return found

@@ -42,7 +42,9 @@ class Corpus:
         self._stream = TokenStream(tokens.files, vocabulary)
         self._ends = tokens.ends
         self._order = Order(self._stream.tokens // (context + 1), data.validation_percent, train.seed)
+        self._check_context()
         self._check_size()
+        self._check_validation(data.validation_percent)
         self.training_samples = self._order.training
         """Samples of an epoch."""
         self.validation_samples = self._order.validation
@@ -81,7 +83,7 @@ class Corpus:
             windows[sample] = self._stream.read(int(first), self._context + 1)
         return documents_batch(windows, firsts, self._ends) if self._documents else stream_batch(windows)
 
-    def _check_size(self) -> None:
+    def _check_context(self) -> None:
         if self._documents and self._context < 2:
             raise refusal(
                 "packing",
@@ -89,6 +91,8 @@ class Corpus:
                 "Stream, or a context of 2 or more with Documents",
                 "set one of the two",
             )
+
+    def _check_size(self) -> None:
         if self._order.training < self._batch:
             left_out = ", where those of fewer than 2 tokens do not count," if self._documents else ""
             split = f" and {self._order.validation} for validation" if self._order.validation else ""
@@ -98,6 +102,16 @@ class Corpus:
                 f"{self._order.training} samples of context {self._context}{split}",
                 f"at least globalBatchSize {self._batch}",
                 "add text or lower one of the two",
+            )
+
+    def _check_validation(self, percent: int) -> None:
+        if 0 < self._order.validation < self._batch:
+            raise refusal(
+                "validationPercent",
+                f"{percent} % of the {self._order.training + self._order.validation} samples are "
+                f"{self._order.validation}, and validation takes a whole batch at a time",
+                f"at least globalBatchSize {self._batch} of them, or 0 for no validation",
+                "raise it, add text or lower globalBatchSize",
             )
 
 

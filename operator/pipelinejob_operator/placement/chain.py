@@ -87,8 +87,9 @@ class Tables:
             return [-min(count, held) for count in range(size + 1)]
         if self._simple(domain):
             table = [0]
-            for used, room in enumerate(sorted((child.room for child in domain.children), reverse=True)):
-                table.extend([used * self._weights[domain.depth]] * min(room, size + 1 - len(table)))
+            weight = self._weights[domain.children[0].depth - 1]
+            for used, room in enumerate(sorted((host.room for host in domain.children), reverse=True)):
+                table.extend([used * weight] * min(room, size + 1 - len(table)))
                 if len(table) > size:
                     break
             return table
@@ -103,9 +104,15 @@ class Tables:
         """Children with the table over those before them and the one with them.
 
         Small children come first, so that among equal plans the one that leaves large domains whole is found. Special
-        ones come last: their tables may fall with k, so each k of theirs is a case of its own.
+        ones come last: their tables may fall with k, so each k of theirs is a case of its own. Plain hosts are taken
+        together as one child without a name.
         """
-        order = sorted(domain.children, key=lambda child: (child.path in self._special, child.room, child.path))
+        children = domain.children
+        if not children[0].children:
+            plain = [host for host in children if host.path not in self._special]
+            unnamed = Domain((*domain.path, ""), sum(host.room for host in plain), plain)
+            children = [unnamed] * bool(plain) + [host for host in children if host.path in self._special]
+        order = sorted(children, key=lambda child: (child.path in self._special, child.room, child.path))
         steps: list[tuple[Domain, list[int], list[int]]] = []
         before = [0]
         for child in order:

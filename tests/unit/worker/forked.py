@@ -10,7 +10,8 @@ import resource
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing import forkserver
@@ -64,6 +65,12 @@ def call(function: Callable[..., Result], *arguments: Any) -> Result:
         raise AssertionError(failure)
     value: Result = result
     return value
+
+
+def call_all(calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Return what each ``(function, *arguments)`` gives, each in a fork of its own, all at once."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return list(threads.map(lambda each: call(each[0], *each[1:]), calls))
 
 
 def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Build the project's images: images/build.sh operator worker
+# and images on top of the worker's, each from a directory of its own: images/build.sh examples/own-trainer
 #
 #   BUILDER           buildah, podman or docker (with BuildKit); default: the first of them that is installed
 #   BASE              base image; default: the Containerfile's (python:3.13-slim-trixie)
@@ -51,17 +52,19 @@ write_context() {
 }
 
 build() {
-    local name=$1 file=images/$1/Containerfile
-    [ -f "$file" ] || fail "image $name: no $file; allowed: operator, worker"
+    local name=$1 file=images/$1/Containerfile context=$work/context
+    if [ -f "$1/Containerfile" ]; then name=$(basename "$1") file=$1/Containerfile context=$1; fi
+    [ -f "$file" ] || fail "image $name: no $file; allowed: operator, worker, or a directory with a Containerfile"
     local arguments=(
         --file "$file" --tag "$repository/$name:$tag"
         --secret "id=pip-configuration,src=$work/secrets/pip-configuration"
         --secret "id=ca-bundle,src=$work/secrets/ca-bundle"
     )
+    if [ "$context" = "$1" ]; then arguments+=(--build-arg "WORKER=$repository/worker:$tag"); fi
     if [ -n "${BASE:-}" ]; then arguments+=(--build-arg "BASE=$BASE"); fi
     case $builder in
-        buildah | podman) "$builder" build --layers "${arguments[@]}" "$work/context" ;;
-        docker) DOCKER_BUILDKIT=1 docker build "${arguments[@]}" "$work/context" ;;
+        buildah | podman) "$builder" build --layers "${arguments[@]}" "$context" ;;
+        docker) DOCKER_BUILDKIT=1 docker build "${arguments[@]}" "$context" ;;
         *) fail "BUILDER=$builder: allowed are buildah, podman and docker" ;;
     esac
     echo "built $repository/$name:$tag"

@@ -76,8 +76,8 @@ class Builder:
         return True
 
     def build(self, name: str, base_image: str) -> None:
-        """Build an image; layers whose inputs are unchanged come from the storage."""
-        log = settings.CACHE / "log" / f"image-{name}.log"
+        """Build an image of the project, or of a directory of its own; unchanged layers come from the storage."""
+        log = settings.CACHE / "log" / f"image-{Path(name).name}.log"
         log.unlink(missing_ok=True)
         chosen = {"BASE": base_image} if base_image else {}
         self.run(

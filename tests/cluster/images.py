@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -127,17 +127,38 @@ def import_image(socket: Path, blobs: Path, manifest: str, name: str) -> None:
         raise ClusterError(f"importing {name} into {socket}: {said.strip()}")
 
 
-def _seed_project_image(builder: Builder, socket: Path, name: str, image: str) -> str:
-    content = seed() / "root" / CONTENT
+@contextmanager
+def _exported(builder: Builder, image: str) -> Iterator[tuple[Path, str]]:
+    """Write an image's blobs beside those of the seed; yield their directory and the manifest's digest."""
     with tempfile.TemporaryDirectory(dir=settings.CACHE) as work:
         layout = Path(work) / "layout"
         blobs = layout / "blobs" / "sha256"
         blobs.mkdir(parents=True)
-        for blob in content.glob("*"):
+        for blob in (seed() / "root" / CONTENT).glob("*"):
             os.link(blob, blobs / blob.name)  # buildah writes only what is not there
-        manifest = builder.push(image, layout)
+        yield blobs, builder.push(image, layout)
+
+
+def _seed_project_image(builder: Builder, socket: Path, image: str) -> str:
+    with _exported(builder, image) as (blobs, manifest):
         import_image(socket, blobs, manifest, image)
     return manifest
+
+
+def add(directory: str, nodes: Iterable[Node]) -> str:
+    """Build the image of a directory, on top of the worker's, bring it to nodes that run, and return its name."""
+    image = f"{REPOSITORY_NAME}/{Path(directory).name}:{tag()}"
+    ensure_seed()
+    with cache.locked("seed"):
+        builder = Builder(settings.CACHE / "containers")
+        builder.prepare()
+        if not builder.has(f"{REPOSITORY_NAME}/worker:{tag()}"):
+            builder.build("worker", base.ensure(builder))
+        builder.build(directory, "")
+        with _exported(builder, image) as (blobs, manifest):
+            for node in nodes:
+                import_image(node.socket, blobs, manifest, image)
+    return image
 
 
 def _seed_pause(socket: Path, programs: Path) -> str:
@@ -182,7 +203,7 @@ def ensure_seed() -> Path:
                 loaded[PAUSE_IMAGE] = {"key": pause_key, "manifest": _seed_pause(socket, programs)}
             for image, entry in stale.items():
                 with progress.step(f"importing {image}", key=f"import-{entry['name']}", usual="worker: about 2 min"):
-                    manifest = _seed_project_image(builder, socket, entry["name"], image)
+                    manifest = _seed_project_image(builder, socket, image)
                 loaded[image] = {"key": entry["key"], "manifest": manifest}
             _drop(socket, loaded)
         _write_loaded(seed(), loaded)

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipelinejob_operator.api.v1alpha1 import API_VERSION, KIND, Spec, Status
+from pipelinejob_operator.api.status import Status
+from pipelinejob_operator.api.v1alpha1 import API_VERSION, KIND, Spec
 from pipelinejob_operator.build.place import Shape
 from pipelinejob_worker.protocol import WORKER_CONTAINER, WorkerConfig
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import structlog
 
-from pipelinejob_operator.api.v1alpha1 import GROUP, Status
+from pipelinejob_operator.api.status import Status
+from pipelinejob_operator.api.v1alpha1 import GROUP
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.names import GATE, MEMBERSHIP_ANNOTATION
 from pipelinejob_operator.controller.actions import (

@@ -2,7 +2,7 @@
 
 from datetime import datetime, timedelta
 
-from pipelinejob_operator.api.v1alpha1 import Status
+from pipelinejob_operator.api.status import Status
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.membership import membership

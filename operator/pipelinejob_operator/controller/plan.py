@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from pipelinejob_operator.api.v1alpha1 import Condition, Status
+from pipelinejob_operator.api.status import Condition, Status
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.network import network_objects

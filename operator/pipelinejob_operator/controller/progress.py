@@ -1,6 +1,6 @@
 """What agents tell, in the words of the status: whole numbers with the unit in the name, and a condition. Pure."""
 
-from pipelinejob_operator.api.v1alpha1 import ProgressStatus, StageStatus
+from pipelinejob_operator.api.status import ProgressStatus, StageStatus
 from pipelinejob_operator.policy.reasons import ConditionStatus, Reason
 from pipelinejob_worker.protocol import Progress, StageTiming
 

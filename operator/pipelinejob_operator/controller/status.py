@@ -4,14 +4,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from pipelinejob_operator.api.v1alpha1 import (
-    Condition,
-    FirstFailure,
-    ProgressStatus,
-    StageStatus,
-    Status,
-    Summary,
-)
+from pipelinejob_operator.api.status import Condition, FirstFailure, ProgressStatus, StageStatus, Status, Summary
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.names import pod_selector
 from pipelinejob_operator.controller.progress import checkpointed, progress_status, saved, stage_status

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelinejob_operator.api.v1alpha1 import Status
+from pipelinejob_operator.api.status import Status
 from pipelinejob_operator.policy.reasons import ConditionType, Reason
 
 QUIET = frozenset(

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 
-from pipelinejob_operator.api.v1alpha1 import Spec, Status
+from pipelinejob_operator.api.status import Status
+from pipelinejob_operator.api.v1alpha1 import Spec
 from pipelinejob_operator.policy.facts import StagePod, parse_time
 
 

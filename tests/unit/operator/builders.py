@@ -4,7 +4,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pipelinejob_operator.api.v1alpha1 import Status
+from pipelinejob_operator.api.status import Status
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.names import pod_name
@@ -127,3 +127,8 @@ def told(made: Plan) -> dict[str, tuple[str, str]]:
 
 def message(made: Plan, kind: str) -> str:
     return next(item.message for item in made.status.conditions if item.type == kind)
+
+
+def kinds(made: Plan) -> list[str]:
+    """Types of the actions, in order."""
+    return [type(action).__name__ for action in made.actions]

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from pipelinejob_operator.api.v1alpha1 import MAX_NAME, MAX_PIPELINES, MAX_PODS
+from pipelinejob_operator.api.status import MAX_PODS
+from pipelinejob_operator.api.v1alpha1 import MAX_NAME, MAX_PIPELINES
 from pipelinejob_operator.build.names import pod_name
 from pipelinejob_operator.build.network import network_objects, network_policy, service
 from pipelinejob_operator.build.place import Shape

@@ -1,14 +1,11 @@
 """What the operator does about a job, told as a story: from its creation to its end."""
 
-from dataclasses import replace
 from datetime import timedelta
-from typing import ClassVar
 
 import pytest
 
-from pipelinejob_operator.api.v1alpha1 import Status
+from pipelinejob_operator.api.status import Status
 from pipelinejob_operator.build.job import Job
-from pipelinejob_operator.build.place import Shape
 from pipelinejob_operator.controller.actions import (
     CreatePod,
     DeleteJob,
@@ -17,16 +14,16 @@ from pipelinejob_operator.controller.actions import (
     SetMembership,
 )
 from pipelinejob_operator.controller.observed import Refusal
-from pipelinejob_operator.controller.plan import Plan
-from pipelinejob_operator.policy.facts import Claim, StagePod, Waiting
+from pipelinejob_operator.policy.facts import Claim, Waiting
 from pipelinejob_operator.policy.reasons import Reason
-from pipelinejob_worker.protocol import AgentStatus, ExitCode, Membership, Progress, StageTiming
+from pipelinejob_worker.protocol import ExitCode, Membership, Progress, StageTiming
 from tests.unit.operator.builders import (
     NOW,
     decide,
     ended,
     gated,
     job,
+    kinds,
     leaving,
     manifest,
     message,
@@ -36,10 +33,6 @@ from tests.unit.operator.builders import (
     settled,
     told,
 )
-
-
-def kinds(made: Plan) -> list[str]:
-    return [type(action).__name__ for action in made.actions]
 
 
 class TestBirth:
@@ -105,84 +98,6 @@ class TestBirth:
     def test_a_job_that_is_being_deleted_is_left_to_the_garbage_collector(self) -> None:
         deleted = Job.read(manifest(meta={"deletionTimestamp": "2026-01-01T12:00:00Z"}))
         assert decide(deleted, pod(0)).actions == ()
-
-
-class TestPipelines:
-    """Two data-parallel copies of two stages are one gang of four pods."""
-
-    SHAPE = Shape(2, 2)
-
-    def job(self, status: Status | None = None, **spec: object) -> Job:
-        return job(status, **{"stages": 2, "pipelines": 2, **spec})
-
-    def gang(self, attempt: int = 0, **facts: object) -> list[StagePod]:
-        return [
-            pod(item.stage, attempt, pipeline=item.pipeline, shape=self.SHAPE, **facts) for item in self.SHAPE.places()
-        ]
-
-    def running(self) -> Job:
-        return settled(self.job(), *self.gang())
-
-    def test_every_stage_of_every_pipeline_gets_a_pod(self) -> None:
-        created = [action.manifest for action in decide(self.job()).actions if isinstance(action, CreatePod)]
-        names = [item["metadata"]["name"] for item in created]
-        assert names == ["tiny-p0-s0-a0", "tiny-p0-s1-a0", "tiny-p1-s0-a0", "tiny-p1-s1-a0"]
-
-    def test_no_gate_opens_before_all_pods_of_all_pipelines_exist(self) -> None:
-        fresh = [gated(item.stage, pipeline=item.pipeline, shape=self.SHAPE) for item in self.SHAPE.places()]
-        assert kinds(decide(self.job(), *fresh[:3])) == ["ApplyObject", "ApplyObject", "CreatePod"]
-        assert decide(self.job(), *fresh).actions == tuple(OpenGate(one) for one in fresh)
-
-    def test_neighbours_are_in_the_own_pipeline_and_all_meet_at_the_first_stage_of_the_first(self) -> None:
-        made = decide(self.job(), *self.gang(membership="", ready=False))
-        last = made.actions[3]
-        assert isinstance(last, SetMembership)
-        told = Membership.model_validate_json(last.value)
-        assert (told.stage, told.stages, told.pipeline, told.pipelines) == (1, 2, 1, 2)
-        assert (told.rank, told.world_size) == (3, 4)
-        assert (told.master_address, told.previous_address, told.next_address) == ("10.0.0.0", "10.0.0.2", "")
-
-    def test_agents_that_know_one_pipeline_alone_must_refuse_it(self) -> None:
-        (first, *_) = decide(self.job(), *self.gang(membership="", ready=False)).actions
-        assert isinstance(first, SetMembership)
-        assert Membership.model_validate_json(first.value).oldest_reader == 3
-
-    def test_the_status_has_an_entry_for_each_and_counts_all(self) -> None:
-        status = decide(self.running(), *self.gang()).status
-        assert [(item.index, item.pipeline) for item in status.stages] == [(0, 0), (1, 0), (0, 1), (1, 1)]
-        assert (status.ready_stages, status.summary.stages, status.summary.state) == (4, "4/4", "Running")
-
-    def test_the_times_of_a_stage_are_shown_for_each_of_its_copies(self) -> None:
-        progress = Progress(step=1, total_steps=2, stages=(StageTiming(stage=1, busy_percent=60, layers="3-5"),))
-        agent = AgentStatus(job_uid="job-uid", stage=0, epoch=1, state="Running", progress=progress)
-        stages = decide(self.running(), *self.gang(), agent=agent).status.stages
-        assert [item.busy_percent for item in stages] == [None, 60, None, 60]
-
-    def test_a_failure_in_one_pipeline_replaces_all(self) -> None:
-        pods = self.gang()
-        pods[2] = ended(0, 1, pipeline=1, shape=self.SHAPE)
-        made = decide(self.running(), *pods)
-        assert (made.status.attempt, made.status.restarts) == (1, 1)
-        assert made.status.first_failure is not None
-        assert (made.status.first_failure.stage, made.status.first_failure.pipeline) == (0, 1)
-        assert [item.restarts for item in made.status.stages] == [0, 0, 1, 0]
-        assert "stage 0 of pipeline 1" in message(made, "Running")
-
-    def test_another_number_of_pipelines_replaces_the_gang_and_it_counts_as_no_failure(self) -> None:
-        grown = Job.read(manifest(self.running().status, stages=2, pipelines=4))
-        made = decide(grown, *self.gang())
-        assert (made.status.attempt, made.status.restarts) == (1, 0)
-        assert told(made)["Running"] == ("False", "Replacing")
-        assert "4 pipelines of 2 stages" in message(made, "Running")
-
-    def test_as_many_pods_in_another_shape_are_another_gang(self) -> None:
-        some = settled(self.job(stages=4, pipelines=1), *self.gang())
-        assert some.status.attempt == 1
-
-    def test_it_succeeds_when_every_stage_of_every_pipeline_has(self) -> None:
-        ends = [ended(item.stage, 0, pipeline=item.pipeline, shape=self.SHAPE) for item in self.SHAPE.places()]
-        assert told(decide(self.running(), *ends[:3], self.gang()[3]))["Succeeded"] == ("Unknown", "Active")
-        assert told(decide(self.running(), *ends))["Succeeded"] == ("True", "AllStagesSucceeded")
 
 
 class TestPlacement:
@@ -429,115 +344,6 @@ class TestEnd:
         made = decide(done, now=NOW + seconds(99))
         assert (made.actions, made.look_again_at) == ((), NOW + seconds(100))
         assert decide(done, now=NOW + timedelta(seconds=100)).actions == (DeleteJob(),)
-
-
-class TestCheckpointed:
-    """The condition of the newest checkpoint: only where a volume is set, in the worker's words."""
-
-    SPEC: ClassVar = {"checkpoint": {"volumeClaimName": "saves"}}
-
-    def seen(self, some: Job, **progress: object) -> Plan:
-        told = Progress.model_validate({"step": 60, "total_steps": 200, **progress})
-        agent = AgentStatus(job_uid="job-uid", stage=0, epoch=1, state="Running", progress=told)
-        return decide(some, pod(0), pod(1), pod(2), agent=agent)
-
-    def test_without_a_volume_there_is_none(self) -> None:
-        assert "Checkpointed" not in told(self.seen(running_job(), last_checkpoint_step=50))
-
-    def test_a_command_of_the_users_own_tells_of_none(self) -> None:
-        template = {"spec": {"containers": [{"name": "worker", "command": ["torchrun"]}]}}
-        assert "Checkpointed" not in told(decide(running_job(template=template, **self.SPEC), pod(0), pod(1), pod(2)))
-
-    def test_it_is_unknown_until_the_first_is_written(self) -> None:
-        assert told(self.seen(running_job(**self.SPEC)))["Checkpointed"] == ("Unknown", "NotSavedYet")
-
-    def test_it_names_the_newest_step(self) -> None:
-        made = self.seen(running_job(**self.SPEC), last_checkpoint_step=50)
-        assert told(made)["Checkpointed"] == ("True", "Saved")
-        assert message(made, "Checkpointed") == "the newest checkpoint is of step 50"
-
-    @pytest.mark.parametrize(("damaged", "reason"), [(False, "CheckpointFailed"), (True, "CheckpointDamaged")])
-    def test_a_problem_is_told_in_the_workers_words_and_by_an_event(self, damaged: bool, reason: str) -> None:
-        words = "the checkpoint of step 50 was not written: no space is left on the volume"
-        made = self.seen(running_job(**self.SPEC), checkpoint_problem=words, checkpoint_damaged=damaged)
-        assert told(made)["Checkpointed"] == ("False", reason)
-        assert message(made, "Checkpointed") == words
-        assert [(item.kind, item.reason) for item in made.notices] == [("Warning", reason)]
-
-    def test_the_next_success_makes_it_true_again(self) -> None:
-        some = running_job(**self.SPEC)
-        failed = replace(some, status=self.seen(some, checkpoint_problem="no space").status)
-        assert told(self.seen(failed, last_checkpoint_step=100))["Checkpointed"] == ("True", "Saved")
-
-
-class TestProgress:
-    def test_what_an_agent_says_is_rounded_for_people(self) -> None:
-        progress = Progress(
-            step=120,
-            total_steps=200,
-            loss=2.31234,
-            tokens_per_second=14_211.7,
-            bubble_percent=29.4,
-            remaining_seconds=40.2,
-        )
-        agent = AgentStatus(job_uid="job-uid", stage=0, epoch=1, state="Running", progress=progress)
-        summary = decide(running_job(), pod(0), pod(1), pod(2), agent=agent).status.summary
-        assert (summary.step, summary.progress, summary.loss) == ("120/200", "60%", "2.31")
-        assert (summary.tokens_per_second, summary.bubble) == ("14.2k", "29%")
-
-    def test_times_and_rates_are_whole_numbers_with_their_unit_in_the_name(self) -> None:
-        progress = Progress(
-            step=120,
-            total_steps=200,
-            step_seconds=1.2346,
-            step_predicted_seconds=1.2,
-            bubble_limit_percent=27.3,
-            bubble_predicted_percent=28.6,
-            model_flops_percent=41.4,
-            model_tera_flops=0.0123,
-            validation_loss=2.71828,
-            validation_step=100,
-            skipped_steps=2,
-        )
-        agent = AgentStatus(job_uid="job-uid", stage=0, epoch=1, state="Running", progress=progress)
-        status = decide(running_job(), pod(0), pod(1), pod(2), agent=agent).status
-        shown = status.progress
-        assert (shown.step_milliseconds, shown.step_predicted_milliseconds) == (1235, 1200)
-        assert (shown.bubble_limit_percent, shown.bubble_predicted_percent) == (27, 29)
-        assert (shown.model_flops_percent, shown.model_giga_flops_per_second) == (41, 12)
-        assert (shown.validation_loss, shown.validation_step, shown.skipped_steps) == ("2.718", 100, 2)
-        assert (status.summary.bubble_limit, status.summary.model_flops) == ("27%", "41%")
-
-    def test_each_stage_shows_where_its_time_went(self) -> None:
-        shares = {"forward": 25, "backward": 35, "weight": 10, "update": 5, "waiting": 20, "sending": 3}
-        timing = {"stage": 1, "busyPercent": 70, "layers": "3-5"} | {f"{name}Percent": n for name, n in shares.items()}
-        progress = Progress(step=1, total_steps=2, stages=(StageTiming.model_validate(timing),))
-        agent = AgentStatus(job_uid="job-uid", stage=0, epoch=1, state="Running", progress=progress)
-        shown = decide(running_job(), pod(0), pod(1), pod(2), agent=agent).status.stages[1].model_dump()
-        assert {name: shown[f"{name}_percent"] for name in shares} == shares
-
-    def test_without_an_agents_answer_the_last_one_stays(self) -> None:
-        progress = Progress(step=120, total_steps=200)
-        agent = AgentStatus(job_uid="job-uid", stage=0, epoch=1, state="Running", progress=progress)
-        known = settled(running_job(), pod(0), pod(1), pod(2), agent=agent)
-        assert decide(known, pod(0), pod(1), pod(2)).status.progress.step == 120
-
-    def test_stages_that_left_in_good_order_say_where_and_what_they_saved(self) -> None:
-        some = running_job(checkpoint={"volumeClaimName": "saves"})
-        stopping = Job.read(manifest(some.status, suspend=True, checkpoint={"volumeClaimName": "saves"}))
-        drained = [ended(stage, ExitCode.DRAINED, step=17) for stage in range(3)]
-        progress = settled(settled(stopping, pod(0), pod(1), pod(2)), *drained).status.progress
-        assert (progress.step, progress.total_steps, progress.last_checkpoint_step) == (17, 200, 17)
-
-    def test_a_stage_that_failed_saved_nothing(self) -> None:
-        some = running_job(checkpoint={"volumeClaimName": "saves"})
-        assert settled(some, pod(0), ended(1, 1, step=17), pod(2)).status.progress.last_checkpoint_step == 0
-
-    def test_a_command_of_the_users_own_shows_no_step(self) -> None:
-        template = {"spec": {"containers": [{"name": "worker", "command": ["torchrun"]}]}}
-        made = decide(running_job(template=template), *(ended(stage, 0) for stage in range(3)))
-        assert (made.status.summary.step, made.status.summary.progress) == ("", "")
-        assert made.status.summary.state == "Succeeded"
 
 
 def test_a_transition_time_moves_only_with_the_status() -> None:

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from pipelinejob_operator.api.v1alpha1 import FirstFailure, Recovery, Spec
+from pipelinejob_operator.api.status import FirstFailure
+from pipelinejob_operator.api.v1alpha1 import Recovery, Spec
 from pipelinejob_operator.build.place import Place, Shape
 from pipelinejob_operator.policy import acceptance, failure, restart
 from pipelinejob_operator.policy.facts import Claim, Ended, Failure, Manifest, StagePod

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 NAMES = ("embedding", "blocks.0", "blocks.1", "blocks.2", "head")
 FINGERPRINT = "toy seed=0"
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 30
 
 _PARAMETERS = {"matrix": (3, 4), "bias": (4,), "scale": ()}
 _KINDS = ("weight", "exp_avg", "exp_avg_sq")

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.state.checkpoint import CheckpointDamagedError, CheckpointStore, Written
@@ -79,18 +79,27 @@ def test_the_manifest_says_whose_it_is_and_what_else_training_must_know(tmp_path
     assert store(tmp_path).manifest(120).extra == {"goodSteps": 120}
 
 
-def in_the_former_format(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Before there were parts and extra state."""
-    del manifest["extra"]
-    return manifest | {"layers": {name: files[0] for name, files in manifest["layers"].items()}}
-
-
-def test_a_checkpoint_of_the_former_format_is_still_good(tmp_path: Path) -> None:
+def test_one_part_is_written_as_workers_that_know_no_parts_read_it_and_what_they_wrote_is_read(tmp_path: Path) -> None:
     save(store(tmp_path), 120)
     path = tmp_path / "step-000000120" / "manifest.json"
-    path.write_text(json.dumps(in_the_former_format(json.loads(path.read_text()))))
+    manifest = json.loads(path.read_text())
+    assert all(file.keys() == {"size", "sha256"} for file in manifest["layers"].values())
+    del manifest["extra"]
+    path.write_text(json.dumps(manifest))
     assert same(read(store(tmp_path), 120), 120)
     assert store(tmp_path).manifest(120).extra == {}
+
+
+def test_extra_state_keeps_type_and_value_and_is_finite(tmp_path: Path) -> None:
+    extra = {"lossScale": 65536.0, "goodSteps": 3, "tiny": 0.1 + 0.2}
+    write_parts(store(tmp_path), 7, parts=1)
+    store(tmp_path).publish(7, NAMES, ranks=1, extra=extra)
+    read_back = store(tmp_path).manifest(7).extra
+    assert read_back == extra
+    assert [type(value) for value in read_back.values()] == [float, int, float]
+    write_parts(store(tmp_path), 8, parts=1)
+    with pytest.raises(ValidationError, match="finite"):
+        store(tmp_path).publish(8, NAMES, ranks=1, extra={"lossScale": float("inf")})
 
 
 @pytest.mark.parametrize("name", ["../../outside", "a/b", "..", "/etc/passwd", "zwölf"])

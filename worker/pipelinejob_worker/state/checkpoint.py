@@ -24,13 +24,13 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 from urllib.parse import quote
 
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.protocol.base import Wire
@@ -64,12 +64,9 @@ class Written(Wire):
     layers: dict[str, LayerFile]
 
 
-def _as_parts(value: Any) -> Any:
-    """A layer's files; checkpoints from before there were parts have one, without a list around it."""
-    return (value,) if isinstance(value, Mapping | LayerFile) else value
+Files = LayerFile | tuple[LayerFile, ...]
+"""Of one layer, by part. A single one stands for itself: so workers that know no parts read what has none."""
 
-
-Parts = Annotated[tuple[LayerFile, ...], BeforeValidator(_as_parts)]
 Number = int | Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -79,7 +76,7 @@ class Manifest(Wire):
     step: int
     fingerprint: str
     attempt: int
-    layers: dict[str, Parts]
+    layers: dict[str, Files]
     extra: dict[str, Number] = Field(default_factory=dict)
 
 
@@ -199,9 +196,11 @@ class CheckpointStore:
         has other tensors than ``shapes``: then it is of another job, and not to be deleted as damaged.
         """
         directory = self._complete(manifest.step)
-        files = manifest.layers.get(name)
+        files = manifest.layers.get(name, ())
         if not files:
             raise CheckpointDamagedError(f"{directory / MANIFEST}: layer {name} is not in it")
+        if isinstance(files, LayerFile):
+            files = (files,)
         tensors: dict[str, torch.Tensor] = {}
         for part, file in enumerate(files):
             path = directory / _file_name(name, part, len(files))
@@ -229,12 +228,14 @@ class CheckpointStore:
         return self._directory / f"step-{step:09d}.deleted-{self._attempt}"
 
 
-def _merged(written: Sequence[Written], names: Sequence[str], parts: int) -> dict[str, Parts]:
+def _merged(written: Sequence[Written], names: Sequence[str], parts: int) -> dict[str, Files]:
     """Return the files of each layer in the order of their parts. Raises CheckpointDamagedError if any is missing."""
     files = {(name, rank.part): file for rank in written for name, file in rank.layers.items()}
     missing = [(name, part) for name in names for part in range(parts) if (name, part) not in files]
     if missing:
         raise CheckpointDamagedError("no rank has written part {0[1]} of layer {0[0]}".format(missing[0]))
+    if parts == 1:
+        return {name: files[name, 0] for name in names}
     return {name: tuple(files[name, part] for part in range(parts)) for name in names}
 
 
@@ -277,5 +278,5 @@ def _one_line(error: Exception) -> str:
         return error.strerror
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
-        return " ".join((*map(str, first["loc"]), first["msg"]))
+        return f"{first['msg']} at {'.'.join(map(str, first['loc']))}" if first["loc"] else first["msg"]
     return " ".join(str(error).split())

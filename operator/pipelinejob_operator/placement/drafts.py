@@ -45,7 +45,10 @@ def around(problem: Problem, pinned: Mapping[int, Path], separation: Separation)
 def hardest_first(problem: Problem, domain: Path, separation: Separation) -> dict[int, Path]:
     """Ranks with the fewest places first, each near to its neighbours. Holds the ranks up to the first that fails."""
     ledger = problem.ledger(domain)
-    fit = {demand: sum(demand.room(ledger.free[host]) for host in ledger.hosts(demand)) for demand in problem.admitted}
+    fit = {
+        demand: sum(demand.room(ledger.free[host]) for host in hosts if host in ledger.free)
+        for demand, hosts in problem.admitted.items()
+    }
     placed: dict[int, Path] = {}
     ranks = sorted(range(problem.shape.ranks), key=lambda rank: (fit[problem.demands[rank]], rank))
     _one_by_one(problem, ranks, placed, ledger, separation)
@@ -127,8 +130,8 @@ def _unequal(problem: Problem, separation: Separation) -> Iterator[Hosts]:
         counts = chain.solve(build(problem.rooms_if_all(max)), problem.shape.ranks, problem.weights, top=problem.top)
         if counts is not None:
             drafts.append(order.walk(counts, {}))
-        anywhere = build(dict.fromkeys(frozenset.union(*problem.admitted.values()), 1))
-        pieces = packing.Packing(problem.ledger(), problem.demands, problem.weights).best(anywhere, problem.top)
+        packed = packing.Packing(problem.ledger(), problem.demands, problem.admitted, problem.weights)
+        pieces = packed.best(build(problem.rooms_if_all(min)), problem.top)
         if pieces is not None:
             drafts.append(pieces)
     if not drafts:

@@ -4,22 +4,34 @@ To decide whether unequal stages fit at all is bin packing, so what is found her
 nothing although there is a way. ``planner.py`` says what bound holds.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 
 from pipelinejob_operator.placement.fit import Demand, available
 from pipelinejob_operator.placement.topology import Path
-from pipelinejob_operator.placement.tree import Domain, at_depth, distance
+from pipelinejob_operator.placement.tree import Domain, distance, ranked
+
+Admitted = Mapping[Demand, frozenset[Path]]
+"""The hosts that each different demand may use, full or not."""
+
+_ENOUGH = 8
+"""Domains of one level that hold all stages and are compared."""
 
 
 class Ledger:
     """What is free on each host while stages are put on it."""
 
-    def __init__(self, free: Mapping[Path, Mapping[str, int]], admitted: Mapping[Demand, frozenset[Path]]) -> None:
+    def __init__(self, free: Mapping[Path, Mapping[str, int]], admitted: Admitted) -> None:
         self._admitted = admitted
         names = sorted({name for demand in admitted for name, _ in demand.requests})
         self.free = {host: {name: available(amounts, name) for name in names} for host, amounts in free.items()}
+        self._inside: dict[Path, list[Path]] = {}
+        for host in sorted(frozenset[Path]().union(*admitted.values())):
+            for depth in range(len(host) + 1):
+                self._inside.setdefault(host[:depth], []).append(host)
 
     def fits(self, host: Path, demand: Demand) -> bool:
         """Whether one more such stage may be put on ``host``."""
@@ -34,13 +46,17 @@ class Ledger:
         """Take a stage away from ``host``."""
         self._add(host, demand, 1)
 
-    def hosts(self, demand: Demand) -> list[Path]:
-        """Hosts that one more such stage fits on, by path."""
-        return sorted(host for host in self._admitted[demand] if self.fits(host, demand))
-
-    def kind(self, host: Path) -> tuple[object, ...]:
-        """Equal for hosts that are interchangeable but for where they stand."""
-        return (*self.free[host].values(), *(host in hosts for hosts in self._admitted.values()))
+    def near(self, host: Path, demand: Demand, shunned: Container[Path]) -> list[Path]:
+        """The hosts nearest to ``host`` that one more such stage fits on, none of them ``shunned``."""
+        for depth in range(len(host), -1, -1):
+            found = [
+                other
+                for other in self._inside.get(host[:depth], ())
+                if other not in shunned and self.fits(other, demand)
+            ]
+            if found:
+                return found
+        return []
 
     def _add(self, host: Path, demand: Demand, sign: int) -> None:
         for name, count in demand.requests:
@@ -53,39 +69,55 @@ class Packing:
     The chain is never interrupted inside a domain, so the cost is that of a walk through the used hosts.
     """
 
-    def __init__(self, ledger: Ledger, demands: Sequence[Demand], weights: Sequence[int]) -> None:
-        self._ledger = ledger
-        self._demands = demands
+    def __init__(self, ledger: Ledger, demands: Sequence[Demand], admitted: Admitted, weights: Sequence[int]) -> None:
+        self._size = len(demands)
         self._weights = weights
-        self._runs: dict[tuple[tuple[object, ...], int], int] = {}
-        self._kinds = {host: ledger.kind(host) for host in ledger.free}
+        names = sorted({name for demand in admitted for name, _ in demand.requests})
+        asked = [dict(demand.requests) for demand in demands]
+        # By resource: what the first k stages ask for together.
+        self._sums = [[0, *accumulate(amounts.get(name, 0) for amounts in asked)] for name in names]
+        self._free = {host: [amounts[name] for name in names] for host, amounts in ledger.free.items()}
+        self._stop = _stops(demands, admitted, ledger.free)
         self._found: dict[tuple[Path, int], tuple[int, int, list[Path]]] = {}
 
     def best(self, root: Domain, top: int) -> list[Path] | None:
-        """Hosts for all stages inside one domain of depth ``top``: of the narrowest domains that do, the cheapest."""
+        """Hosts for all stages inside one domain of depth ``top``: the cheapest of the first few narrow ones that do.
+
+        ``root`` has the room that there would be for the smallest of the stages.
+        """
         for depth in range(len(self._weights), top - 1, -1):
-            tried = [self.reach(domain, 0) for domain in at_depth(root, depth)]
-            complete = [(cost, hosts) for end, cost, hosts in tried if end == len(self._demands)]
+            complete: list[tuple[int, list[Path]]] = []
+            for _, domain in ranked(root, depth, self._size, self._weights):
+                end, cost, hosts = self._reach(domain, 0)
+                if end == self._size:
+                    complete.append((cost, hosts))
+                if len(complete) == _ENOUGH:
+                    break
             if complete:
                 return min(complete)[1]
         return None
 
-    def reach(self, domain: Domain, start: int) -> tuple[int, int, list[Path]]:
+    def _reach(self, domain: Domain, start: int) -> tuple[int, int, list[Path]]:
         """How far ``domain`` takes the chain from stage ``start`` on: the end, the cost, and the hosts."""
+        if not domain.children:
+            end = self._end(domain.path, start)
+            return end, 0, [domain.path] * (end - start)
         known = self._found.get((domain.path, start))
         if known is None:
-            known = self._found[domain.path, start] = (
-                self._nest(domain, start) if domain.children else self._fill(domain.path, start)
-            )
+            known = self._found[domain.path, start] = self._nest(domain, start)
         return known
 
     def _nest(self, domain: Domain, start: int) -> tuple[int, int, list[Path]]:
         spare = list(domain.children)
+        leaves = not spare[0].children
         end, cost = start, 0
         hosts: list[Path] = []
-        while spare and end < len(self._demands):
-            tried = [(self.reach(child, end), child) for child in spare]
-            (reached, inside, used), child = min(tried, key=lambda item: (-item[0][0], item[0][1], item[1].path))
+        while spare and end < self._size:
+            if leaves:
+                child = max(spare, key=lambda host: self._end(host.path, end))
+            else:
+                child = min(spare, key=lambda inner: (-self._reach(inner, end)[0], self._reach(inner, end)[1]))
+            reached, inside, used = self._reach(child, end)
             if reached == end:
                 break
             cost += inside + (self._weights[domain.depth] if hosts else 0)
@@ -94,18 +126,28 @@ class Packing:
             spare.remove(child)
         return end, cost, hosts
 
-    def _fill(self, host: Path, start: int) -> tuple[int, int, list[Path]]:
-        key = (self._kinds[host], start)
-        end = self._runs.get(key)
-        if end is None:
-            end = start
-            while end < len(self._demands) and self._ledger.fits(host, self._demands[end]):
-                self._ledger.take(host, self._demands[end])
-                end += 1
-            for demand in self._demands[start:end]:
-                self._ledger.give(host, demand)
-            self._runs[key] = end
-        return end, 0, [host] * (end - start)
+    def _end(self, host: Path, start: int) -> int:
+        """The first stage from ``start`` on that does not fit on ``host`` together with those before it."""
+        end = self._stop[host][start]
+        for sums, free in zip(self._sums, self._free[host], strict=True):
+            end = bisect_right(sums, sums[start] + free, start, end + 1) - 1
+        return max(start, end)
+
+
+def _stops(demands: Sequence[Demand], admitted: Admitted, hosts: Iterable[Path]) -> dict[Path, list[int]]:
+    """Of each host, by stage: the first stage from there on that may not run on it. Alike hosts share a list."""
+    kinds: dict[tuple[bool, ...], list[int]] = {}
+    stops: dict[Path, list[int]] = {}
+    for host in hosts:
+        may = {demand: host in allowed for demand, allowed in admitted.items()}
+        kind = tuple(may.values())
+        if kind not in kinds:
+            stop = [len(demands)] * (len(demands) + 1)
+            for stage in reversed(range(len(demands))):
+                stop[stage] = stop[stage + 1] if may[demands[stage]] else stage
+            kinds[kind] = stop
+        stops[host] = kinds[kind]
+    return stops
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +163,19 @@ class Task:
 def one_by_one(task: Task, ranks: Iterable[int], placed: dict[int, Path], ledger: Ledger) -> bool:
     """Put each of ``ranks`` where the links to what is ``placed`` cost least, the fullest such host first.
 
-    Adds to ``placed`` and takes from ``ledger``; False at the first rank that fits nowhere.
+    Such a host is among those nearest to one of the linked hosts: with a the nearer of two linked hosts a and b, any
+    host nearer to a is no farther from b, as distances are an ultrametric. A rank without a link to what is placed goes
+    near the rank closest to it. Adds to ``placed`` and takes from ``ledger``; False at the first that fits nowhere.
     """
     for rank in ranks:
         demand = task.demands[rank]
         linked = [placed[other] for other in task.neighbours[rank] if other in placed]
         shunned = {placed[other] for other in task.apart[rank] if other in placed}
+        anchors = linked or [placed[min(placed, key=lambda other: (abs(other - rank), other))]] if placed else [()]
         options = [
             (sum(distance(host, near, task.weights) for near in linked), demand.room(ledger.free[host]), host)
-            for host in ledger.hosts(demand)
-            if host not in shunned
+            for anchor in dict.fromkeys(anchors)
+            for host in ledger.near(anchor, demand, shunned)
         ]
         if not options:
             return False

@@ -131,7 +131,8 @@ class _Tables:
                     continue
                 for runs in self._joint(inner, own):
                     extra = (inner + own - runs) * weight
-                    after[runs] = [min(old, new + extra) for old, new in zip(after[runs], both, strict=True)]
+                    joined = [cost + extra for cost in both]
+                    after[runs] = [a if a < b else b for a, b in zip(after[runs], joined, strict=True)]
         return after
 
     def _joint(self, inner: int, own: int) -> range:
@@ -176,7 +177,7 @@ def _convolve(before: list[int], inner: int, child: list[int], own: int, size: i
         tail = [earlier + cost for earlier in before[inner + 1 : last + 1]]
         row = [_NEVER] * min(inner + own, size + 1) + floor + tail
         row = row[: size + 1] + [_NEVER] * (size + 1 - len(row))
-        total = row if total is None else list(map(min, total, row))
+        total = row if total is None else [a if a < b else b for a, b in zip(total, row, strict=True)]
     return total
 
 

@@ -75,9 +75,7 @@ def test_one_gap_in_a_chain_is_filled_at_the_least_cost() -> None:
         cluster, stages = random_cluster(random), random.randint(2, 6)
         first = random.randrange(stages)
         last = random.randrange(first, stages)
-        keep = {
-            rank: random.choice(cluster.nodes).name for rank in range(stages) if not first <= rank <= last
-        }
+        keep = {rank: random.choice(cluster.nodes).name for rank in range(stages) if not first <= rank <= last}
         if not keep:
             continue
         demands = [SMALL] * stages

@@ -87,7 +87,9 @@ def best(
             amounts = demands[rank].requests if rank not in fixed else ()
             if any(free[name].get(key, 0) < count for key, count in amounts):
                 continue
-            if placed and (domain[name] != domain[placed[0]] or (apart and rank - 1 in near[rank] and placed[-1] == name)):
+            if placed and (
+                domain[name] != domain[placed[0]] or (apart and rank - 1 in near[rank] and placed[-1] == name)
+            ):
                 continue
             for key, count in amounts:
                 free[name][key] -= count

@@ -5,7 +5,7 @@ from typing import Any
 from pipelinejob_worker.protocol import Env
 from tests.integration.api.jobs import hugging_face, manual, schedule, steps, worker
 
-NUMBER = r"^[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?$"
+NUMBER = r"^[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]{1,2})?$"
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no stages": (
@@ -32,6 +32,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a dropout that drops all": (
         {"spec__model__preset__dropout": "1"},
         "spec.model.preset.dropout: Invalid value: 1 is not a probability to drop; allowed: 0 or more and less than 1",
+    ),
+    "a dropout that is no number": (
+        {"spec__model__preset__dropout": "some"},
+        'spec.model.preset.dropout: Invalid value: "some": spec.model.preset.dropout in body should match '
+        f"'{NUMBER}'",
     ),
     "an unknown schedule": (
         {"spec__train__schedule": {"name": "Zigzag"}},
@@ -258,6 +263,11 @@ OPTIMIZER = {
         {"spec__train__optimizer": {"learningRate": "-1"}},
         'spec.train.optimizer.learningRate: Invalid value: "-1": spec.train.optimizer.learningRate in body should '
         f"match '{NUMBER}'",
+    ),
+    "a momentum past all floats": (
+        {"spec__train__optimizer": {"momentum": "1e999"}},
+        'spec.train.optimizer.momentum: Invalid value: "1e999": spec.train.optimizer.momentum in body should match '
+        f"'{NUMBER}'",
     ),
     "an unknown decay": (
         {"spec__train__optimizer": {"decay": "Sudden"}},

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from pipelinejob_worker.protocol.base import Wire
-from pipelinejob_worker.protocol.rules import Decimal, cel, rule
+from pipelinejob_worker.protocol.rules import Decimal, below_one, cel, rule
 
 
 class Preset(Wire):
@@ -20,7 +20,7 @@ class Preset(Wire):
             ),
             rule(
                 ".dropout",
-                "double(self.dropout) < 1.0",
+                below_one("dropout"),
                 "'%s is not a probability to drop; allowed: 0 or more and less than 1'.format([self.dropout])",
             ),
         )

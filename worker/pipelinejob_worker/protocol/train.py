@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from pipelinejob_worker.protocol.base import Wire
-from pipelinejob_worker.protocol.rules import Decimal, cel, rule
+from pipelinejob_worker.protocol.rules import Decimal, below_one, cel, rule
 
 ScheduleName = Literal[
     "GPipe", "1F1B", "LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
@@ -89,7 +89,7 @@ class Optimizer(Wire):
             *(
                 rule(
                     f".{field}",
-                    f"double(self.{field}) < 1.0",
+                    below_one(field),
                     f"'%s is too large; allowed: 0 or more and less than 1'.format([self.{field}])",
                 )
                 for field in ("momentum", "beta1", "beta2")

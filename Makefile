@@ -64,6 +64,16 @@ test-e2e: $(VENV)/complete ## Run real jobs on the cluster in KUBECONFIG, or on 
 test-gpu: $(VENV)/complete ## Run the stage loop on CUDA and NCCL; says so where there is no device.
 	$(PYTHON) -m pytest -s tests/gpu
 
+##@ Measure
+
+.PHONY: bench-schedules
+bench-schedules: $(VENV)/complete ## Bubble of every schedule beside its formula and beside torch's own schedules.
+	@OMP_NUM_THREADS=1 $(PYTHON) -m tools.bench.schedules
+
+.PHONY: bench-overhead
+bench-overhead: $(VENV)/complete ## Our loop beside the shortest torch script: step time and memory.
+	@OMP_NUM_THREADS=1 $(PYTHON) -m tools.bench.overhead
+
 ##@ Develop
 
 .PHONY: venv

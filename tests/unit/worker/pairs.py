@@ -9,7 +9,9 @@ def all_pairs(settings: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Cover all pairs greedily; always the same combinations for the same settings."""
     names = list(settings)
     missing = {
-        ((one, a), (other, b)) for one, other in combinations(names, 2) for a, b in product(settings[one], settings[other])
+        ((one, a), (other, b))
+        for one, other in combinations(names, 2)
+        for a, b in product(settings[one], settings[other])
     }
     chosen = []
     while missing:

@@ -103,7 +103,9 @@ def _sum_ties(ties: tuple[Tie, ...], layers: list[nn.Module]) -> list[nn.Paramet
 def _clip(layers: list[nn.Module], counted_twice: list[nn.Parameter], limit: float) -> None:
     norm = math.sqrt(
         sum(
-            sum(p.grad.double().norm().item() ** 2 for p in layer.parameters() if not any(p is q for q in counted_twice))
+            sum(
+                p.grad.double().norm().item() ** 2 for p in layer.parameters() if not any(p is q for q in counted_twice)
+            )
             for layer in layers
         )
     )

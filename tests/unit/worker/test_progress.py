@@ -26,7 +26,12 @@ def step(seconds: float, *busy: float, loss: float = 1.0, skipped: bool = False,
     """A step in which rank n computed for ``busy[n]`` seconds, a quarter of it forward."""
     ranks = [
         dict.fromkeys(Activity, 0.0)
-        | {Activity.FORWARD: time / 4, Activity.BACKWARD: time / 2, Activity.WEIGHT: time / 4, Activity.WAITING: waiting}
+        | {
+            Activity.FORWARD: time / 4,
+            Activity.BACKWARD: time / 2,
+            Activity.WEIGHT: time / 4,
+            Activity.WAITING: waiting,
+        }
         for time in busy
     ]
     return StepResult(loss, seconds, ranks, [], skipped)

@@ -52,9 +52,7 @@ def test_every_pass_is_run_once_and_gradients_are_added_in_the_order_of_the_micr
 
 @pytest.mark.parametrize(("name", "chunks"), NAMES)
 @pytest.mark.parametrize(("stages", "microbatches"), SIZES)
-def test_the_bubble_is_the_theoretical_limit(
-    name: ScheduleName, chunks: int, stages: int, microbatches: int
-) -> None:
+def test_the_bubble_is_the_theoretical_limit(name: ScheduleName, chunks: int, stages: int, microbatches: int) -> None:
     schedule = build_schedule(name, stages, chunks, microbatches)
     limit = bubble_limit(name, stages, chunks, microbatches)
     assert simulate(schedule, equal_parts).bubble == pytest.approx(limit, abs=1e-9)

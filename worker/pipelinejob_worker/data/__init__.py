@@ -2,5 +2,6 @@
 
 from pipelinejob_worker.data.corpus import Corpus, check_same_data
 from pipelinejob_worker.data.packing import Batch
+from pipelinejob_worker.data.source import Source
 
-__all__ = ["Batch", "Corpus", "check_same_data"]
+__all__ = ["Batch", "Corpus", "Source", "check_same_data"]

@@ -22,5 +22,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    known = next((peaks for part, peaks in _PEAK_TERA_FLOPS.items() if all(word in name for word in part.split())), None)
+    known = next(
+        (peaks for part, peaks in _PEAK_TERA_FLOPS.items() if all(word in name for word in part.split())), None
+    )
     return None if known is None else 1e12 * known[Train.model_fields["precision"].default == precision]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pipelinejob_worker.data import Batch
-from pipelinejob_worker.models import Chunk, LayeredModel
+from pipelinejob_worker.models import Chunk, LayeredModel, check_packing
 from pipelinejob_worker.pipeline.exchange import Boundary, Exchange
 from pipelinejob_worker.pipeline.executor import Executor, Step
 from pipelinejob_worker.pipeline.group import Group
@@ -39,10 +39,13 @@ class Engine:
         self.first_microbatch = self._state.first_microbatch
         self.microbatches = share
         samples = train.global_batch_size // train.microbatches
+        carries = train.data.packing == "Documents"
         last = len(chunks) - 1
         self._modules: dict[int, Chunk] = {}
         for index in schedule.chunks_of(group.stage):
             module = model.build(chunks[index], train.seed).to(group.device)
+            if carries:
+                check_packing(model, module, group.device)
             prepare_layers(module, train, self._state)
             self._modules[index] = module
         self.layers: Mapping[int, nn.Module] = {
@@ -50,13 +53,10 @@ class Engine:
         }
         self.layers_of = {index: tuple(module.layers) for index, module in self._modules.items()}
         stage_chunks = {
-            index: StageChunk(
-                module, index, train=train, state=self._state, loss=self._loss if index == last else None
-            )
+            index: StageChunk(module, index, train=train, state=self._state, loss=self._loss if index == last else None)
             for index, module in self._modules.items()
         }
         positions = torch.arange(model.context).expand(samples, model.context)
-        carries = train.data.packing == "Documents"
         boundary = Boundary(model.hidden(samples), positions.to("meta") if carries else None)
         exchange = Exchange(group, boundary, schedule, self.timeline)
         self._executor = Executor(stage_chunks, last, exchange, self.timeline, positions.to(group.device))

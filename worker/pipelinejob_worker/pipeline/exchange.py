@@ -66,7 +66,7 @@ class Exchange:
         peer = self._routes.sends[action]
         with self._timeline.measure(Activity.SENDING, action.microbatch, action.chunk):
             self._check(action, parts[0])
-            works = [(self._isend(part.contiguous(), peer)) for part in parts]
+            works = [self._isend(part.contiguous(), peer) for part in parts]
         self._sent.setdefault(peer, deque()).append(works)
 
     def finish_step(self) -> None:
@@ -88,7 +88,9 @@ class Exchange:
         parts = []
         for part in wanted:
             buffer = torch.empty_like(part, device=self._group.device)
-            work = distributed.irecv(buffer, self._group.rank_of(peer), group=self._links.get((peer, self._group.stage)))
+            work = distributed.irecv(
+                buffer, self._group.rank_of(peer), group=self._links.get((peer, self._group.stage))
+            )
             assert work is not None
             parts.append((work, buffer))
         self._posted[action] = parts
@@ -127,11 +129,11 @@ def _links(group: Group, schedule: Schedule) -> dict[tuple[int, int], distribute
         if one != other
         for pair in ((one, other), (other, one))
     }
-    links = {}
+    links: dict[tuple[int, int], distributed.ProcessGroup] = {}
     for pipeline in range(group.pipelines):
         for source, target in sorted(pairs):
             base = pipeline * group.stages
             made = distributed.new_group([base + source, base + target])
-            if pipeline == group.pipeline and made is not None:
+            if isinstance(made, distributed.ProcessGroup):  # what ranks outside get is none
                 links[source, target] = made
     return links

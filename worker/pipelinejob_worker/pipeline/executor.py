@@ -37,7 +37,12 @@ class Executor:
     """The chunks of one stage and the messages between them and the other stages."""
 
     def __init__(
-        self, chunks: dict[int, StageChunk], last_chunk: int, exchange: Exchange, timeline: Timeline, positions: torch.Tensor
+        self,
+        chunks: dict[int, StageChunk],
+        last_chunk: int,
+        exchange: Exchange,
+        timeline: Timeline,
+        positions: torch.Tensor,
     ) -> None:
         """``positions`` are those of samples that are one document: they stay here, others travel."""
         self._chunks = chunks

@@ -2,10 +2,12 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import distributed
@@ -17,6 +19,11 @@ RENDEZVOUS_LIMIT = timedelta(minutes=5)
 
 SILENCE_LIMIT = timedelta(minutes=10)
 """How long a stage waits for a message of another before it takes it for lost."""
+
+POLL_SECONDS = 10.0
+"""How often ranks that wait for work of unknown length exchange a message."""
+
+Result = TypeVar("Result")
 
 _LINK_ERROR = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|broken pipe|application timeout|timed out|socket",
@@ -46,7 +53,10 @@ def prepare_device() -> torch.device:
 
 @dataclass(frozen=True)
 class Group:
-    """This stage's place among all stages of all pipelines. Methods are collective: all ranks call them in one order."""
+    """This stage's place among all stages of all pipelines.
+
+    Methods are collective: all ranks call them in the same order.
+    """
 
     stage: int
     stages: int
@@ -90,6 +100,19 @@ class Group:
         table[self.rank] = torch.tensor(values, dtype=torch.int64)
         rows: list[list[int]] = self.sum(table).tolist()
         return rows
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Return ``work()`` once it is done on all ranks, however long it takes some of them.
+
+        Meanwhile the ranks exchange messages, or the fast ones would take the slow ones for lost.
+        """
+        with ThreadPoolExecutor(1) as thread:
+            mine = thread.submit(work)
+            while not self.agree(mine.done()):
+                wait([mine], POLL_SECONDS)
+                if mine.done():
+                    mine.result()  # a failure ends this rank, and so the others
+            return mine.result()
 
     def agree(self, mine: bool) -> bool:
         """Whether all ranks say yes."""
@@ -136,11 +159,12 @@ def _join_replicas(membership: Membership) -> distributed.ProcessGroup | None:
     """Form the groups of equal stages, on all ranks in one order; return this stage's."""
     if membership.pipelines == 1:
         return None
-    groups = [
-        distributed.new_group([pipeline * membership.stages + stage for pipeline in range(membership.pipelines)])
-        for stage in range(membership.stages)
-    ]
-    return groups[membership.stage]
+    mine = None
+    for stage in range(membership.stages):
+        made = distributed.new_group([pipeline * membership.stages + stage for pipeline in range(membership.pipelines)])
+        if isinstance(made, distributed.ProcessGroup):  # what ranks outside get is none
+            mine = made
+    return mine
 
 
 def is_link_error(error: BaseException) -> bool:

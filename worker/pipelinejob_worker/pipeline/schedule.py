@@ -108,7 +108,8 @@ def check_schedule(name: ScheduleName, stages: int, chunks_per_stage: int, micro
     chunks = {"GPipe": {1}, "1F1B": {1}, "ZBVZeroBubble": {2}, "DualPipeV": {2}}.get(name, {chunks_per_stage})
     if chunks_per_stage not in chunks:
         raise ConfigurationError(
-            f"spec.train.schedule.chunksPerStage: {chunks_per_stage} does not fit schedule {name}; allowed: {chunks.pop()}"
+            f"spec.train.schedule.chunksPerStage: {chunks_per_stage} does not fit schedule {name}; allowed: "
+            f"{chunks.pop()}"
         )
     least = {"1F1B": stages, "DualPipeV": 2 * stages}.get(name, 1)
     if microbatches < least:

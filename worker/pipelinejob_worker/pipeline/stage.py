@@ -40,11 +40,18 @@ def prepare_layers(chunk: Chunk, train: Train, state: RandomState) -> None:
     """
     for index, layer in chunk.layers.items():
         run = torch.compile(layer.forward) if train.compile else layer.forward
-        layer.forward = partial(_run_layer, run, index, state, layer, train.activation_checkpointing)  # type: ignore[method-assign]
+        keep_inputs_only = train.activation_checkpointing
+        layer.forward = partial(_run_layer, run, layer, index, state=state, checkpointed=keep_inputs_only)
 
 
 def _run_layer(
-    run: Callable[..., Any], index: int, state: RandomState, layer: nn.Module, checkpointed: bool, *args: Any, **kwargs: Any
+    run: Callable[..., Any],
+    layer: nn.Module,
+    index: int,
+    *args: Any,
+    state: RandomState,
+    checkpointed: bool,
+    **kwargs: Any,
 ) -> Any:
     seeded = partial(_run_seeded, run, mix(state.seed, state.step, state.microbatch, index))
     if checkpointed and layer.training and torch.is_grad_enabled():
@@ -97,9 +104,10 @@ class StageChunk:
                 assert targets is not None
                 output = self._loss(output, targets)
         if training:
-            root = output if self._loss else get_gradient_edge(output)
+            root: GradientEdge | torch.Tensor = output if self._loss else get_gradient_edge(output)
             self._kept[microbatch] = _Forward(None if self._first else received, root)
-        return output.detach()
+        result: torch.Tensor = output.detach()
+        return result
 
     def backward(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """Add to the weights' gradients; return that of the input, if there is one.
@@ -107,7 +115,7 @@ class StageChunk:
         ``gradient`` is that of the output, None after the loss.
         """
         kept = self._kept.pop(microbatch)
-        torch.autograd.backward(_roots(kept), None if gradient is None else (gradient,))  # type: ignore[arg-type]
+        torch.autograd.backward((kept.root,), None if gradient is None else (gradient,))  # type: ignore[arg-type]
         return kept.received.grad if kept.received is not None else None
 
     def backward_input(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
@@ -117,7 +125,7 @@ class StageChunk:
             kept.gradient = gradient
             return None
         gradients, kept.weight_groups = stage_backward_input(
-            list(_roots(kept)), None if gradient is None else [gradient], [kept.received], self._weights()
+            [kept.root], None if gradient is None else [gradient], [kept.received], self._weights()
         )
         return gradients[0]
 
@@ -135,7 +143,3 @@ class StageChunk:
 
     def _precision(self, device: torch.device) -> torch.autocast | nullcontext[None]:
         return torch.autocast(device.type, self._autocast) if self._autocast else nullcontext()
-
-
-def _roots(kept: _Forward) -> tuple[GradientEdge | torch.Tensor, ...]:
-    return (kept.root,)

@@ -66,7 +66,10 @@ class Timeline:
         """Return what was measured since the step's begin, in its order; waits for the device."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return [Span(*what, self._since(start), self._since(end)) for *what, start, end in self._marks]
+        return [
+            Span(activity, microbatch, chunk, self._since(start), self._since(end))
+            for activity, microbatch, chunk, start, end in self._marks
+        ]
 
     def seconds(self) -> dict[Activity, float]:
         """Return the time of each activity since the step's begin."""
@@ -85,6 +88,7 @@ class Timeline:
     def _since(self, mark: _Mark) -> float:
         if isinstance(mark, torch.cuda.Event):
             assert isinstance(self._begin, torch.cuda.Event)
-            return self._begin.elapsed_time(mark) / 1000
+            milliseconds: float = self._begin.elapsed_time(mark)
+            return milliseconds / 1000
         assert not isinstance(self._begin, torch.cuda.Event)
         return mark - self._begin

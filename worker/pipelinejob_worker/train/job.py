@@ -5,16 +5,17 @@ from pathlib import Path
 
 import structlog
 
-from pipelinejob_worker.data import Corpus, check_same_data
+from pipelinejob_worker.data import check_same_data
 from pipelinejob_worker.link import AgentLink, Assignment, Joined
 from pipelinejob_worker.models import LayeredModel, model_of
 from pipelinejob_worker.pipeline.group import Group, joined, prepare_device
 from pipelinejob_worker.pipeline.schedule import build_schedule
-from pipelinejob_worker.protocol import ExitCode, WorkerConfig
+from pipelinejob_worker.protocol import ExitCode
 from pipelinejob_worker.state import commit
 from pipelinejob_worker.state.checkpoint import CheckpointStore
 from pipelinejob_worker.state.history import History
 from pipelinejob_worker.state.saver import AsyncSaver
+from pipelinejob_worker.train.corpus import open_corpus
 from pipelinejob_worker.train.loop import StageLoop
 from pipelinejob_worker.train.plan import Plan, cut
 from pipelinejob_worker.train.progress import Meter
@@ -43,16 +44,18 @@ def run(assignment: Assignment, link: AgentLink) -> ExitCode:
         train.microbatches // membership.pipelines,
     )
     device = prepare_device()
-    reads_data = membership.stage in (schedule.stage_of[0], schedule.stage_of[-1])
-    corpus = open_corpus(config, model) if reads_data else None
     store = _open_store(assignment, model)
     with joined(membership, device) as group:
+        reads_data = group.stage in (schedule.stage_of[0], schedule.stage_of[-1])
+        corpus = group.together(lambda: open_corpus(config, model) if reads_data else None)
         check_same_data([row[0] for row in group.gather(corpus.fingerprint if corpus else 0)])
-        plan = cut(config, model, schedule, group)
+        plan = cut(config, model, schedule, group, _profile_directory(assignment))
         log.info("joined the group", ranks=group.size, device=str(device), layers=plan.layers_of(group.stage))
-        loop = StageLoop(train, model, schedule, plan.chunks, corpus, group)
+        loop = StageLoop(train, model, schedule, plan.chunks, corpus=corpus, group=group)
         meter = Meter(plan.expectation(config, model, group))
-        return StageJob(assignment, link, model=model, group=group, plan=plan, loop=loop, store=store, meter=meter).run()
+        return StageJob(
+            assignment, link, model=model, group=group, plan=plan, loop=loop, store=store, meter=meter
+        ).run()
 
 
 class StageJob:
@@ -106,8 +109,8 @@ class StageJob:
         total = self._config.train.steps
         leave = step == total
         while not leave:
-            flags = [float(self._link.drain_requested()), self._tracer.wish(), *(self._saver.vote() if self._saver else ())]
-            result = self._loop.step(step, flags)
+            votes = self._saver.vote() if self._saver else []
+            result = self._loop.step(step, [float(self._link.drain_requested()), self._tracer.wish(), *votes])
             stop, trace, *saver_votes = result.flags
             step += 1
             leave = stop > 0 or step == total
@@ -187,10 +190,10 @@ class StageJob:
         return step
 
 
-def open_corpus(config: WorkerConfig, model: LayeredModel) -> Corpus:
-    """Open the job's data; raises ConfigurationError where they do not fit the model."""
-    source = config.model.hugging_face
-    return Corpus(config.train, model.context, model.vocabulary, source.path if source else "")
+def _profile_directory(assignment: Assignment) -> Path | None:
+    """Where measured layers are kept: on the volume, which outlives the pods, if there is one."""
+    directory = assignment.checkpoint_directory or assignment.scratch_directory
+    return Path(directory) / "profiles" if directory else None
 
 
 def _open_store(assignment: Assignment, model: LayeredModel) -> CheckpointStore | None:

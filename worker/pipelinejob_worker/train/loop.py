@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pipelinejob_worker.data import Batch, Corpus
+from pipelinejob_worker.data import Batch, Source
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.models import IGNORED, LayeredModel
 from pipelinejob_worker.pipeline.engine import Engine
@@ -55,7 +55,8 @@ class StageLoop:
         model: LayeredModel,
         schedule: Schedule,
         chunks: Sequence[range],
-        corpus: Corpus | None,
+        *,
+        corpus: Source | None,
         group: Group,
     ) -> None:
         """Build the layers. ``corpus`` is needed by the stages of the first and the last chunk only.
@@ -182,7 +183,9 @@ class StageLoop:
         return load
 
     def _on_device(self, batch: Batch) -> Batch:
-        return Batch(*(None if part is None else part.to(self._group.device) for part in batch))
+        device = self._group.device
+        positions = None if batch.positions is None else batch.positions.to(device)
+        return Batch(batch.tokens.to(device), batch.targets.to(device), positions)
 
 
 def _rank_of(schedule: Schedule, chunks: Sequence[range]) -> Callable[[int], int]:

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from pipelinejob_worker.models import LayeredModel
 from pipelinejob_worker.pipeline.device import peak_flops
 from pipelinejob_worker.pipeline.group import Group
-from pipelinejob_worker.pipeline.partition import Memory, balanced, describe, even, manual, static_costs
-from pipelinejob_worker.pipeline.schedule import Schedule, bubble_limit, build_schedule
-from pipelinejob_worker.pipeline.simulation import Prediction
+from pipelinejob_worker.pipeline.partition import Memory, balanced, chunk_times, describe, even, manual
+from pipelinejob_worker.pipeline.profile import Profile, measured_costs
+from pipelinejob_worker.pipeline.schedule import Action, Pass, Schedule, bubble_limit
+from pipelinejob_worker.pipeline.simulation import Prediction, simulate
 from pipelinejob_worker.protocol import WorkerConfig
 from pipelinejob_worker.train.progress import Expectation
 
@@ -24,7 +26,7 @@ class Plan:
 
     schedule: Schedule
     chunks: Sequence[range]
-    prediction: Prediction | None
+    prediction: Prediction
 
     def layers_of(self, stage: int) -> str:
         """First and last layer of each of a stage's chunks, for instance ``0-2,9-11``."""
@@ -36,7 +38,8 @@ class Plan:
 
     def expectation(self, config: WorkerConfig, model: LayeredModel, group: Group) -> Expectation:
         """What a meter needs to know."""
-        train = config.train
+        train, schedule = config.train, config.train.schedule
+        microbatches = train.microbatches // group.pipelines
         tokens = train.global_batch_size * model.context
         peak = peak_flops(group.device, train.precision)
         return Expectation(
@@ -45,29 +48,49 @@ class Plan:
             flops_per_step=(1 + BACKWARD_COST) * tokens * sum(cost.flops for cost in model.costs),
             peak_flops=peak * group.size if peak else None,
             layers=[self.layers_of(stage) for stage in range(group.stages)],
-            bubble_limit=bubble_limit(
-                train.schedule.name, group.stages, train.schedule.chunks_per_stage, train.microbatches // group.pipelines
-            ),
-            predicted_seconds=self.prediction.seconds if self.prediction else None,
-            predicted_bubble=self.prediction.bubble if self.prediction else None,
+            bubble_limit=bubble_limit(schedule.name, group.stages, schedule.chunks_per_stage, microbatches),
+            predicted_seconds=self.prediction.seconds,
+            predicted_bubble=self.prediction.bubble,
         )
 
 
-def cut(config: WorkerConfig, model: LayeredModel, schedule: Schedule, group: Group) -> Plan:
-    """Cut the model into chunks as ``spec.partition`` says; collective.
+def cut(config: WorkerConfig, model: LayeredModel, schedule: Schedule, group: Group, cache: Path | None) -> Plan:
+    """Cut the model into chunks as ``spec.partition`` says, and predict a step; collective.
 
-    Raises ConfigurationError where that cannot be done.
+    The layers are measured on the devices; ``cache``: directory that keeps what was measured. Raises
+    ConfigurationError where the model cannot be cut so.
     """
-    partition, layers, chunks = config.partition, len(model.names), len(schedule.stage_of)
-    if partition.strategy == "Manual":
-        return Plan(schedule, manual(partition.boundaries, layers, chunks), None)
-    if partition.strategy == "Even":
-        return Plan(schedule, even(layers, chunks), None)
-    samples = config.train.global_batch_size // config.train.microbatches
-    costs = static_costs(model, samples)
-    speeds = [1.0] * group.stages
-    split = balanced(costs, schedule.stage_of, speeds, _memory(config, schedule, group))
-    return Plan(schedule, split.chunks, None)
+    train, layers, chunks = config.train, len(model.names), len(schedule.stage_of)
+    if layers < chunks:
+        even(layers, chunks)  # says so
+    profile = measured_costs(model, train.global_batch_size // train.microbatches, train, group, cache)
+    match config.partition.strategy:
+        case "Manual":
+            ranges = manual(config.partition.boundaries, layers, chunks)
+        case "Even":
+            ranges = even(layers, chunks)
+        case "Balanced":
+            memory = _memory(config, schedule, group)
+            ranges = balanced(profile.costs, schedule.stage_of, profile.speeds, memory).chunks
+    return Plan(schedule, ranges, _predict(schedule, ranges, profile))
+
+
+def _predict(schedule: Schedule, chunks: Sequence[range], profile: Profile) -> Prediction:
+    times = chunk_times(chunks, profile.costs, profile.speeds, schedule.stage_of)
+
+    def seconds(action: Action) -> float:
+        time = times[action.chunk]
+        match action.kind:
+            case Pass.FORWARD:
+                return time.forward
+            case Pass.INPUT:
+                return time.input
+            case Pass.WEIGHT:
+                return time.weight
+            case Pass.BACKWARD:
+                return time.input + time.weight
+
+    return simulate(schedule, seconds)
 
 
 def _memory(config: WorkerConfig, schedule: Schedule, group: Group) -> Memory | None:

@@ -36,8 +36,8 @@ class Expectation:
     """Of each stage."""
 
     bubble_limit: float
-    predicted_seconds: float | None = None
-    predicted_bubble: float | None = None
+    predicted_seconds: float
+    predicted_bubble: float
 
 
 class Meter:
@@ -64,7 +64,7 @@ class Meter:
             step=step,
             total_steps=expected.total_steps,
             bubble_limit_percent=100 * expected.bubble_limit,
-            bubble_predicted_percent=_percent(expected.predicted_bubble),
+            bubble_predicted_percent=100 * expected.predicted_bubble,
             step_predicted_seconds=expected.predicted_seconds,
             skipped_steps=self._skipped,
             stages=tuple(
@@ -95,9 +95,7 @@ class Meter:
         stages = len(self._expected.layers)
         return [
             {
-                activity: sum(
-                    rank[activity] for result in self._steps for rank in result.rank_seconds[stage::stages]
-                )
+                activity: sum(rank[activity] for result in self._steps for rank in result.rank_seconds[stage::stages])
                 / (seconds * len(self._steps) * (len(self._steps[0].rank_seconds) // stages))
                 for activity in Activity
             }

@@ -49,12 +49,13 @@ def vote(group: Group, slots: NormSlots, microbatches: int, first_microbatch: in
     """Exchange the ballots; ``microbatches`` are those of all pipelines. Collective over all ranks."""
     parts = [slots.size, microbatches, group.size * len(ACTIVITIES), len(ballot.flags)]
     vector = torch.zeros(sum(parts), dtype=torch.float64)
-    norms, losses, seconds, flags = vector.split(parts)
+    norms, losses, seconds, flags = torch.split(vector, parts)
     slots.fill(norms, ballot.norms)
     losses[first_microbatch : first_microbatch + len(ballot.losses)] = _tensor(ballot.losses)
-    seconds.view(group.size, len(ACTIVITIES))[group.rank] = _tensor([ballot.seconds[activity] for activity in ACTIVITIES])
+    mine = [ballot.seconds[activity] for activity in ACTIVITIES]
+    seconds.view(group.size, len(ACTIVITIES))[group.rank] = _tensor(mine)
     flags[:] = _tensor(ballot.flags)
-    norms, losses, seconds, flags = group.sum(vector).split(parts)
+    norms, losses, seconds, flags = torch.split(group.sum(vector), parts)
     return Result(
         squared_norms=slots.per_layer(norms.tolist()),
         loss=sum(losses.tolist()),

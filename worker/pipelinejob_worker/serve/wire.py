@@ -1,9 +1,9 @@
 """What a front and stage 0 tell each other: JSON lines over one TCP connection.
 
-Stage 0 speaks first: ``Ready``. Then the front sends ``Submit`` and ``Cancel``, and stage 0 answers each ``Submit`` with
-either one ``Refused``, or any number of ``Token`` in ascending position and then one ``Finished``; ``Stats`` comes about
-once a second. When the connection ends, stage 0 drops the requests that came over it. When the group of stages breaks,
-stage 0 ends all connections: the front connects again and submits what is unfinished, with the tokens it already has.
+Stage 0 speaks first: ``Ready``. Then the front sends ``Submit`` and ``Cancel``, and stage 0 answers each ``Submit``
+with either one ``Refused``, or any number of ``Token`` in ascending position and then one ``Finished``; ``Stats`` comes
+about once a second. When the connection ends, stage 0 drops the requests that came over it. When the group of stages
+breaks, stage 0 ends all connections: the front connects again and submits what is unfinished, with the tokens it has.
 """
 
 from typing import Annotated, Literal
@@ -87,7 +87,7 @@ class Token(Wire):
     token_id: TokenId
     epoch: int = Field(ge=0, description="A front drops tokens of an older epoch than the newest Ready's.")
     logprob: float | None = Field(None, description="Before temperature, top-k and top-p.")
-    top_logprobs: list[Alternative] = []
+    top_logprobs: list[Alternative] = Field([], max_length=MAX_TOP_LOGPROBS)
 
 
 class Finished(Wire):

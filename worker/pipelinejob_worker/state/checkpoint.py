@@ -175,10 +175,9 @@ class CheckpointStore:
         Raises CheckpointDamagedError when there is no valid one, and ConfigurationError when it is of another
         model or seed.
         """
-        path = self._complete(step) / MANIFEST
-        manifest = _read_json(path, Manifest)
+        manifest = read_manifest(self._complete(step))
         if manifest.step != step:
-            raise CheckpointDamagedError(f"{path}: is of step {manifest.step}")
+            raise CheckpointDamagedError(f"{self._complete(step) / MANIFEST}: is of step {manifest.step}")
         if manifest.fingerprint != self._fingerprint:
             raise ConfigurationError(
                 f"spec.checkpoint.volumeClaimName: {self._complete(step)} is of '{manifest.fingerprint}', "
@@ -196,18 +195,7 @@ class CheckpointStore:
         has other tensors than ``shapes``: then it is of another job, and not to be deleted as damaged.
         """
         directory = self._complete(manifest.step)
-        files = manifest.layers.get(name, ())
-        if not files:
-            raise CheckpointDamagedError(f"{directory / MANIFEST}: layer {name} is not in it")
-        if isinstance(files, LayerFile):
-            files = (files,)
-        tensors: dict[str, torch.Tensor] = {}
-        for part, file in enumerate(files):
-            path = directory / _file_name(name, part, len(files))
-            read = _read_file(path, file)
-            if twice := sorted(read.keys() & tensors.keys()):
-                raise CheckpointDamagedError(f"{path}: tensor {twice[0]} is in another part of the layer, too")
-            tensors |= read
+        tensors = read_layer(directory, manifest, name)
         found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         for key in sorted(found.keys() | shapes.keys()):
             if found.get(key) != shapes.get(key):
@@ -226,6 +214,31 @@ class CheckpointStore:
 
     def _deleted(self, step: int) -> Path:
         return self._directory / f"step-{step:09d}.deleted-{self._attempt}"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read the manifest of the complete checkpoint in ``directory``. Raises CheckpointDamagedError."""
+    return _read_json(directory / MANIFEST, Manifest)
+
+
+def read_layer(directory: Path, manifest: Manifest, name: str) -> dict[str, torch.Tensor]:
+    """Read all parts of a layer of the checkpoint in ``directory``, and verify their sizes and checksums.
+
+    Raises CheckpointDamagedError.
+    """
+    files = manifest.layers.get(name, ())
+    if not files:
+        raise CheckpointDamagedError(f"{directory / MANIFEST}: layer {name} is not in it")
+    if isinstance(files, LayerFile):
+        files = (files,)
+    tensors: dict[str, torch.Tensor] = {}
+    for part, file in enumerate(files):
+        path = directory / _file_name(name, part, len(files))
+        read = _read_file(path, file)
+        if twice := sorted(read.keys() & tensors.keys()):
+            raise CheckpointDamagedError(f"{path}: tensor {twice[0]} is in another part of the layer, too")
+        tensors |= read
+    return tensors
 
 
 def _merged(written: Sequence[Written], names: Sequence[str], parts: int) -> dict[str, Files]:

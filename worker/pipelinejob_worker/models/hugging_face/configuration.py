@@ -32,7 +32,10 @@ def read_config(repository: Repository) -> tuple[PreTrainedConfig, dict[str, Any
     try:
         config = AutoConfig.for_model(**raw)
     except Exception as error:  # checks of a configuration class raise whatever they like
-        raise repository.refused(f"{CONFIG} does not fit model_type {kind}: {' '.join(str(error).split())}") from error
+        problem = " ".join(str(error).split())
+        raise repository.refused(
+            f"{CONFIG} does not fit model_type {kind} ({problem}); allowed: what save_pretrained writes"
+        ) from error
     if config.is_encoder_decoder:
         raise repository.refused(f"{kind} is an encoder-decoder; allowed: a decoder, with one list of layers")
     if config.get_text_config() is not config:

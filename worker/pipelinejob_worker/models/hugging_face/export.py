@@ -23,23 +23,13 @@ from pipelinejob_worker.models.hugging_face.repository import CONFIG
 from pipelinejob_worker.models.hugging_face.weights import INDEX, SINGLE
 from pipelinejob_worker.models.layered import Tie
 from pipelinejob_worker.protocol import ExitCode, HuggingFace
-from pipelinejob_worker.state.checkpoint import (
-    MANIFEST,
-    CheckpointDamagedError,
-    Manifest,
-)
-from pipelinejob_worker.state.checkpoint import (
-    _file_name as layer_file_name,
-)
-from pipelinejob_worker.state.checkpoint import (
-    _read_file as read_layer_file,
-)
-from pipelinejob_worker.state.checkpoint import (
-    _read_json as read_json,
-)
+from pipelinejob_worker.state.checkpoint import CheckpointDamagedError, read_layer, read_manifest
 
 CONTEXT = 2
 """Tokens of a sample do not matter here: layers are the same for each number."""
+
+WEIGHT = "weight."
+"""What the names of weights begin with in a checkpoint; other tensors are the optimizer's."""
 
 BESIDE = (
     "generation_config.json",
@@ -134,6 +124,7 @@ def _save(part: PreTrainedModel, tie: Tie | None, path: Path) -> int:
     with tempfile.TemporaryDirectory(dir=path.parent) as directory, silence():
         part.save_pretrained(directory, state_dict=state, max_shard_size=sys.maxsize)
         (Path(directory) / SINGLE).rename(path)
+    path.chmod(0o644)  # like the other files: whoever serves the model is another user
     return sum(tensor.nbytes for tensor in state.values())
 
 
@@ -147,7 +138,7 @@ class Trained:
     def __init__(self, directory: Path, identity: str) -> None:
         """Raise CheckpointDamagedError when it has no valid manifest, ConfigurationError when it is another model's."""
         self._directory = directory
-        self._manifest = read_json(directory / MANIFEST, Manifest)
+        self._manifest = read_manifest(directory)
         self.step = self._manifest.step
         if not self._manifest.fingerprint.startswith(f"{identity} "):
             raise ConfigurationError(
@@ -156,13 +147,9 @@ class Trained:
             )
 
     def weights(self, layer: str) -> LayerWeights:
-        """Read a layer's weights and verify their files' sizes and checksums. Raises CheckpointDamagedError."""
-        files = self._manifest.layers.get(layer, ())
-        state: dict[str, torch.Tensor] = {}
-        for part, file in enumerate(files):
-            state |= read_layer_file(self._directory / layer_file_name(layer, part, len(files)), file)
-        prefix = "weight."
-        return {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+        """Read a layer's weights and verify its files. Raises CheckpointDamagedError."""
+        state = read_layer(self._directory, self._manifest, layer)
+        return {key.removeprefix(WEIGHT): tensor for key, tensor in state.items() if key.startswith(WEIGHT)}
 
 
 def main(arguments: list[str]) -> int:

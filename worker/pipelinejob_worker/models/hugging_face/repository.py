@@ -68,11 +68,10 @@ class Repository:
 
     def _in_directory(self, name: str) -> Path | None:
         directory = Path(self.path)
-        if not directory.is_dir():
+        if not _exists(directory):
             raise self.refused("is not a directory in the worker container; mount its volume there or correct the path")
         path = directory / name
-        path.parent.stat()
-        return path if path.exists() else None
+        return path if _exists(path) else None
 
     def _on_hub(self, name: str) -> Path | None:
         try:
@@ -95,3 +94,12 @@ class Repository:
         # .../snapshots/<commit>/<name>: a branch that moves meanwhile must not mix two versions.
         self._revision = path.parents[len(Path(name).parents) - 1].name
         return path
+
+
+def _exists(path: Path) -> bool:
+    """Tell what is not there from what may not be seen, which ``Path.exists`` does not on every Python."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

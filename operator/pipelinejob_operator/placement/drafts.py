@@ -1,15 +1,21 @@
 """Plans to choose from: exact where the problem allows it, else several heuristics. Pure."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from pipelinejob_operator.placement import chain, gaps, order, packing, spread
 from pipelinejob_operator.placement.links import Shape, measure
 from pipelinejob_operator.placement.problem import Problem, Separation
+from pipelinejob_operator.placement.search import search
 from pipelinejob_operator.placement.topology import Path
 from pipelinejob_operator.placement.tree import Domain, build, ranked
 
 TRIALS = 100_000
 """Exchanges that are tried to better a draft that is not known to be the cheapest."""
+
+CHECKS = 400_000
+"""Looks at a host in the search for any place at all, for each domain that must hold all stages."""
 
 Hosts = list[Path]
 """The host of each rank."""
@@ -29,7 +35,8 @@ def around(problem: Problem, pinned: Mapping[int, Path], separation: Separation)
     domains = {host[: problem.top] for host in pinned.values()}
     if len(domains) != 1:
         return None
-    ledger = problem.ledger(domains.pop())
+    domain = domains.pop()
+    ledger = problem.ledger(domain)
     for rank, host in pinned.items():
         if rank not in problem.keep:
             if not ledger.fits(host, problem.demands[rank]):
@@ -37,22 +44,64 @@ def around(problem: Problem, pinned: Mapping[int, Path], separation: Separation)
             ledger.take(host, problem.demands[rank])
     placed = dict(pinned)
     if problem.equal and separation == "Off":
-        return _fill_gaps(problem, placed, ledger)
-    missing = [rank for rank in range(problem.shape.ranks) if rank not in placed]
-    return _one_by_one(problem, missing, placed, ledger, separation)
+        _fill_gaps(problem, placed, ledger)
+    else:
+        missing = [rank for rank in range(problem.shape.ranks) if rank not in pinned]
+        if not packing.one_by_one(problem.task(separation), missing, placed, ledger) and pinned == problem.keep:
+            # Only what must stay is worth a search: else all may move.
+            placed = _anywhere(problem, domain, separation, pinned)
+    if len(placed) < problem.shape.ranks:
+        return None
+    return _bettered(problem, _by_rank(placed), separation, pinned)
 
 
 def hardest_first(problem: Problem, domain: Path, separation: Separation) -> dict[int, Path]:
     """Ranks with the fewest places first, each near to its neighbours. Holds the ranks up to the first that fails."""
-    ledger = problem.ledger(domain)
-    fit = {
-        demand: sum(demand.room(ledger.free[host]) for host in hosts if host in ledger.free)
-        for demand, hosts in problem.admitted.items()
-    }
     placed: dict[int, Path] = {}
-    ranks = sorted(range(problem.shape.ranks), key=lambda rank: (fit[problem.demands[rank]], rank))
-    _one_by_one(problem, ranks, placed, ledger, separation)
+    packing.one_by_one(problem.task(separation), _by_places(problem, domain), placed, problem.ledger(domain))
     return placed
+
+
+def _by_places(problem: Problem, domain: Path) -> list[int]:
+    """The ranks, those first of which the fewest would fit into ``domain``."""
+    rooms = {demand: problem.rooms(demand) for demand in problem.admitted}
+    fit = {
+        demand: sum(room for host, room in hosts.items() if host[: len(domain)] == domain)
+        for demand, hosts in rooms.items()
+    }
+    return sorted(range(problem.shape.ranks), key=lambda rank: (fit[problem.demands[rank]], rank))
+
+
+def _anywhere(
+    problem: Problem, domain: Path, separation: Separation, pinned: Mapping[int, Path] = MappingProxyType({})
+) -> dict[int, Path]:
+    """Any way to place all ranks that are not ``pinned``, unless the sums show that there is none."""
+    ledger = problem.ledger(domain)
+    ranks = [rank for rank in _by_places(problem, domain) if rank not in pinned]
+    asked = Counter[str]()
+    for rank in ranks:
+        asked.update(dict(problem.demands[rank].requests))
+    usable = {host for hosts in problem.admitted.values() for host in hosts} & ledger.free.keys()
+    placed = dict(pinned)
+    if all(sum(max(0, ledger.free[host][name]) for host in usable) >= count for name, count in asked.items()):
+        search(problem.task(separation), ranks, placed, ledger, problem.admitted, checks=CHECKS)
+    return placed
+
+
+def _anyhow(problem: Problem, separation: Separation) -> Iterator[Hosts]:
+    """What is found in each domain that must hold all stages, if need be by looking for any way at all."""
+    domains = sorted({host[: problem.top] for host in problem.free})
+    found = False
+    for place in (hardest_first, _anywhere):
+        for domain in [] if found else domains:
+            placed = place(problem, domain, separation)
+            if len(placed) == problem.shape.ranks:
+                found = True
+                yield _by_rank(placed)
+
+
+def _by_rank(placed: Mapping[int, Path]) -> Hosts:
+    return [placed[rank] for rank in range(len(placed))]
 
 
 def _chain(problem: Problem, separation: Separation) -> Iterator[Hosts]:
@@ -83,7 +132,7 @@ def _chains(problem: Problem, separation: Separation) -> Iterator[Hosts]:
     inside = _chain_by_chain(problem, rooms, separation)
     if inside is not None:
         drafts.append(inside)
-    return _improved(problem, drafts, separation)
+    return _improved(problem, drafts or list(_anyhow(problem, separation)), separation)
 
 
 def _chain_by_chain(problem: Problem, rooms: Mapping[Path, int], separation: Separation) -> Hosts | None:
@@ -124,7 +173,7 @@ def _strips(line: Sequence[Path], shape: Shape, width: int) -> Hosts:
 
 
 def _unequal(problem: Problem, separation: Separation) -> Iterator[Hosts]:
-    """Everything as large as the largest, planned exactly; pieces as long as they fit; else the hardest first."""
+    """All as large as the largest, planned exactly, and pieces as long as they fit; else the hardest first, or any."""
     drafts: list[Hosts] = []
     if separation == "Off":
         counts = chain.solve(build(problem.rooms_if_all(max)), problem.shape.ranks, problem.weights, top=problem.top)
@@ -134,12 +183,7 @@ def _unequal(problem: Problem, separation: Separation) -> Iterator[Hosts]:
         pieces = packed.best(build(problem.rooms_if_all(min)), problem.top)
         if pieces is not None:
             drafts.append(pieces)
-    if not drafts:
-        for domain in sorted({host[: problem.top] for host in problem.free}):
-            placed = hardest_first(problem, domain, separation)
-            if len(placed) == problem.shape.ranks:
-                drafts.append([placed[rank] for rank in range(problem.shape.ranks)])
-    return _improved(problem, drafts, separation)
+    return _improved(problem, drafts or list(_anyhow(problem, separation)), separation)
 
 
 def _improved(problem: Problem, drafts: Sequence[Hosts], separation: Separation) -> Iterator[Hosts]:
@@ -148,20 +192,24 @@ def _improved(problem: Problem, drafts: Sequence[Hosts], separation: Separation)
     if not drafts:
         return
     hosts = min(drafts, key=lambda draft: (measure(draft, problem.shape, problem.levels).cost, draft))
-    exchange = packing.Exchange(problem.task(separation), hosts, problem.ledger())
+    yield _bettered(problem, hosts, separation, {})
+
+
+def _bettered(problem: Problem, hosts: Hosts, separation: Separation, pinned: Mapping[int, Path]) -> Hosts:
+    ledger = problem.ledger()
+    for rank, host in enumerate(hosts):
+        if rank not in problem.keep:
+            ledger.take(host, problem.demands[rank])
+    exchange = packing.Exchange(problem.task(separation), hosts, ledger, pinned)
     exchange.improve(TRIALS)
-    yield exchange.hosts
+    return exchange.hosts
 
 
-def _one_by_one(
-    problem: Problem, ranks: Sequence[int], placed: dict[int, Path], ledger: packing.Ledger, separation: Separation
-) -> Hosts | None:
-    done = packing.one_by_one(problem.task(separation), ranks, placed, ledger)
-    return [placed[rank] for rank in range(problem.shape.ranks)] if done else None
+def _fill_gaps(problem: Problem, placed: dict[int, Path], ledger: packing.Ledger) -> None:
+    """Gap after gap, each at its least cost in what those before left, until one does not fit.
 
-
-def _fill_gaps(problem: Problem, placed: dict[int, Path], ledger: packing.Ledger) -> Hosts | None:
-    """Gap after gap, each at its least cost in what those before left. A chain without any end joins another's."""
+    A chain without any end goes near another's.
+    """
     demand, stages = problem.demands[0], problem.shape.stages
     for first, last in _gaps(placed, problem.shape):
         rooms = {host: demand.room(free) for host, free in ledger.free.items() if ledger.fits(host, demand)}
@@ -171,11 +219,10 @@ def _fill_gaps(problem: Problem, placed: dict[int, Path], ledger: packing.Ledger
             before = placed.get(first - stages) or next(iter(placed.values()))
         hosts = gaps.fill(rooms, last - first + 1, problem.weights, before, after)
         if hosts is None:
-            return None
+            return
         for rank, host in enumerate(hosts, start=first):
             placed[rank] = host
             ledger.take(host, demand)
-    return [placed[rank] for rank in range(problem.shape.ranks)]
 
 
 def _gaps(placed: Mapping[int, Path], shape: Shape) -> list[tuple[int, int]]:

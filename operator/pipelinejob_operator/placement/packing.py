@@ -185,15 +185,18 @@ def one_by_one(task: Task, ranks: Iterable[int], placed: dict[int, Path], ledger
 
 
 class Exchange:
-    """A plan that is bettered step by step: a rank moves to a neighbour's host, or changes places with a rank there."""
+    """A plan that is bettered step by step: a rank moves to a neighbour's host, or changes places with a rank there.
 
-    def __init__(self, task: Task, hosts: Sequence[Path], ledger: Ledger) -> None:
+    ``ledger`` has all ranks taken already. Those of ``fixed`` stay.
+    """
+
+    def __init__(self, task: Task, hosts: Sequence[Path], ledger: Ledger, fixed: Container[int]) -> None:
         self.hosts = list(hosts)
         self._task = task
         self._ledger = ledger
+        self._loose = frozenset(rank for rank in range(len(self.hosts)) if rank not in fixed)
         self._ranks: dict[Path, set[int]] = {host: set() for host in hosts}
         for rank, host in enumerate(self.hosts):
-            ledger.take(host, task.demands[rank])
             self._ranks[host].add(rank)
 
     def improve(self, trials: int) -> None:
@@ -204,13 +207,13 @@ class Exchange:
         better = True
         while better:
             better = False
-            for rank in range(len(self.hosts)):
+            for rank in sorted(self._loose):
                 for near in self._task.neighbours[rank]:
                     host = self.hosts[near]
                     if host == self.hosts[rank]:
                         continue
                     better |= self._move(rank, host)
-                    for other in sorted(self._ranks[host]):
+                    for other in sorted(self._ranks[host] & self._loose):
                         trials -= 1
                         better |= self._swap(rank, other)
                     if trials < 0:

@@ -68,12 +68,15 @@ def _pinned_to(spec: Manifest) -> str | None:
     required = ((spec.get("affinity") or {}).get("nodeAffinity") or {}).get(
         "requiredDuringSchedulingIgnoredDuringExecution"
     ) or {}
-    names = {
-        field["values"][0] if (field["key"], field["operator"]) == (_NAME_FIELD, "In") else None
-        for term in required.get("nodeSelectorTerms") or []
-        for field in term.get("matchFields") or [{"key": "", "operator": ""}]
-    }
+    names = {_only_name(term) for term in required.get("nodeSelectorTerms") or []}
     return names.pop() if len(names) == 1 else None
+
+
+def _only_name(term: Manifest) -> str | None:
+    for field in term.get("matchFields") or []:
+        if (field["key"], field["operator"], len(field.get("values") or [])) == (_NAME_FIELD, "In", 1):
+            return str(field["values"][0])
+    return None
 
 
 def _aggregate(spec: Manifest, ask: Callable[[Manifest], Amounts]) -> dict[str, int]:

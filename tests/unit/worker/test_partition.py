@@ -22,7 +22,10 @@ from pipelinejob_worker.pipeline.partition import (
     manual,
     static_costs,
 )
+from pipelinejob_worker.pipeline.schedule import Action, Pass, build_schedule
+from pipelinejob_worker.pipeline.simulation import simulate
 from pipelinejob_worker.protocol import Model, Preset
+from tests.unit.docs.pages import DOCS, table
 
 MEBIBYTE = 1 << 20
 
@@ -263,3 +266,41 @@ def test_without_a_profile_an_embedding_and_a_head_are_not_counted_as_blocks() -
     assert costs[0].seconds == 0
     assert costs[1].parameter_bytes == 4 * (12 * 256**2 + 13 * 256)
     assert costs[1].activation_bytes == 4 * 4 * 256 * 256
+
+
+def documented(
+    name: str, chunks: list[range], speeds: list[float], costs: list[LayerCost], memory: Memory
+) -> list[str]:
+    """A row of the table in the documentation."""
+    times = chunk_times(chunks, costs, speeds, range(3))
+
+    def seconds(action: Action) -> float:
+        passes = times[action.chunk]
+        return passes.forward if action.kind == Pass.FORWARD else passes.input + passes.weight
+
+    predicted = simulate(build_schedule("1F1B", 3, 1, 8), seconds)
+    mebibytes = [sum(memory.bytes_of(costs[i], stage) for i in chunk) / MEBIBYTE for stage, chunk in enumerate(chunks)]
+    return [
+        name,
+        ", ".join(map(describe, chunks)),
+        ", ".join(f"{1000 * sum(passes):.0f}" for passes in times),
+        ", ".join(f"{size:.0f}" for size in mebibytes),
+        f"{1000 * predicted.seconds:.0f} ms",
+        f"{100 * predicted.bubble:.0f} %",
+    ]
+
+
+def test_the_example_of_the_documentation_is_what_comes_out() -> None:
+    def cost(milliseconds: float, weights: int, activations: int) -> LayerCost:
+        return LayerCost(milliseconds / 3000, milliseconds / 1500, 0.0, weights * MEBIBYTE, activations * MEBIBYTE)
+
+    costs = [cost(1, 4, 1), *[cost(6, 10, 5)] * 4, cost(11, 4, 2)]
+    schedule = build_schedule("1F1B", 3, 1, 8)
+    memory = Memory([120 * MEBIBYTE] * 3, [schedule.live_microbatches(stage) for stage in range(3)], copies=4)
+    equal, slow = [1.0] * 3, [1.0, 0.5, 1.0]
+    assert table(DOCS / "explanation/partition.md", "An example") == [
+        documented("Even", even(6, 3), equal, costs, memory),
+        documented("Balanced", balanced(costs, range(3), equal).chunks, equal, costs, memory),
+        documented("Balanced, stage 1 half as fast", balanced(costs, range(3), slow).chunks, slow, costs, memory),
+        documented("Balanced, 120 MiB a stage", balanced(costs, range(3), equal, memory).chunks, equal, costs, memory),
+    ]

@@ -12,7 +12,7 @@ from pipelinejob_worker.models import LayeredModel, model_of
 from pipelinejob_worker.models.layered import Cost
 from pipelinejob_worker.pipeline.group import Group
 from pipelinejob_worker.pipeline.partition import LayerCost, balanced, chunk_times
-from pipelinejob_worker.pipeline.profile import Profile, layer_kinds, measure_layer, measured_costs
+from pipelinejob_worker.pipeline.profile import Profile, layer_kinds, measure_layer, measured_costs, stage_speeds
 from pipelinejob_worker.pipeline.stage import RandomState, StageChunk, prepare_layers
 from pipelinejob_worker.protocol import Data, Model, Preset, Train
 from pipelinejob_worker.protocol.train import Schedule
@@ -194,6 +194,20 @@ def test_all_stages_agree_on_a_profile(schedule: str) -> None:
     assert others == [first]
     assert first.speeds == [1.0, 1.0], "a tenth cannot be told from noise"
     check_costs(first.costs)
+
+
+@pytest.mark.parametrize(
+    ("runs", "speeds"),
+    [
+        ([[2.0, 2.1, 2.0], [4.0, 4.1, 4.2]], [1.0, 0.5]),
+        ([[2.0, 2.0, 2.0], [2.2, 2.2, 2.2]], [1.0, 1.0]),
+        ([[2.0, 3.1, 4.0], [3.0, 3.0, 5.0]], [1.0, 1.0]),
+        ([[2.0, 2.0, 9.0], [4.0, 4.0, 4.0]], [1.0, 0.5]),
+    ],
+    ids=["slow", "hardly slower", "noisy", "one run disturbed"],
+)
+def test_a_stage_is_slow_only_beyond_noise(runs: list[list[float]], speeds: list[float]) -> None:
+    assert stage_speeds(runs, 2) == speeds
 
 
 def test_a_slow_stage_is_found_and_the_costs_are_those_of_the_fastest() -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 Integers = npt.NDArray[np.int64]
 Cuts = tuple[int, ...]
 
-WORK_LIMIT = 400_000_000
+WORK_LIMIT = 1_000_000_000
 """Pairs of states that a search compares before it settles for the best split so far: some seconds. A count and not a
 time, because every stage searches for itself and all must find the same split."""
 

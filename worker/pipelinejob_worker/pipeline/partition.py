@@ -49,8 +49,9 @@ class Memory:
     """How much the layers of each stage take, and may take.
 
     ``limits``: bytes, of each stage; infinite where there is none. ``live_microbatches``: of each stage, how many
-    microbatches are between their forward and backward pass at once, a property of the schedule.
-    ``copies``: how often a weight's bytes are held: itself, its gradient, its optimizer state.
+    microbatches are between their forward and backward pass at most, a property of the schedule; one that is so in
+    one of v chunks only counts 1/v. ``copies``: how often a weight's bytes are held: itself, its gradient, its
+    optimizer state.
     """
 
     limits: Sequence[float]

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -12,7 +12,6 @@ from typing import TypeVar
 import structlog
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from pipelinejob_worker.models import LayeredModel
@@ -26,9 +25,11 @@ from pipelinejob_worker.state.files import write_durably
 log = structlog.get_logger()
 
 EQUAL_SPEEDS = 1.15
-"""Stages that take less than so many times as long as the fastest count as equally fast: noise must not move layers."""
+"""A stage is slow when even its shortest run takes so many times as long as a usual one of the fastest stage: noise
+must not move layers."""
 
 _LEAST_REPEATS, _MOST_REPEATS = 3, 10
+_REFERENCE_REPEATS = 3
 _ENOUGH_SECONDS = 0.1  # of repeats, when there are the least
 
 _CACHE_LIMIT_BYTES = 1 << 20
@@ -71,8 +72,8 @@ def measured_costs(
     """Measure layers for microbatches of ``samples`` on every rank, and agree on the result. Collective.
 
     Every rank runs one layer of each kind; kinds that its cache knows, it need not. Then all run the dearest kind at
-    once, so that ranks that share a processor share it alike: the times of that are the stages' speeds, of which the
-    slowest of all pipelines counts. A kind's time is the median of what it is to the dearest on each rank.
+    once, so that ranks that share a processor share it alike: that gives the stages' speeds. The time of another kind
+    is what it is to the dearest on each rank, the median of that.
     """
     kinds = layer_kinds(model)
     layers = sorted(set(kinds))
@@ -88,16 +89,28 @@ def measured_costs(
             cache.write(own, group.rank)
     by_rank = _exchange(group, [_row(cost) for cost in own])
     dearest = max(range(len(layers)), key=lambda kind: median(sum(rows[kind][:3]) for rows in by_rank))
-    references = [rows[0][0] for rows in _exchange(group, [[measure(layers[dearest]).seconds]])]
-    fastest = min(references)
+    reference = _Layer(model, layers[dearest], samples, train, group.device)
+    reference.kept_bytes()  # a run that does not count
+    runs = [rows[0] for rows in _exchange(group, [[sum(reference.run()) for _ in range(_REFERENCE_REPEATS)]])]
+    fastest = min(min(of_rank) for of_rank in runs)
     costs = {
         layer: _agreed([rows[kind] for rows in by_rank], [fastest / sum(rows[dearest][:3]) for rows in by_rank])
         for kind, layer in enumerate(layers)
     }
-    slowest = [max(references[stage :: group.stages]) for stage in range(group.stages)]
-    speeds = [1.0 if seconds < EQUAL_SPEEDS * fastest else fastest / seconds for seconds in slowest]
+    speeds = stage_speeds(runs, group.stages)
     log.info("layers measured", kinds=len(layers), layers=len(kinds), speeds=[round(speed, 2) for speed in speeds])
     return Profile([costs[kind] for kind in kinds], speeds)
+
+
+def stage_speeds(runs: Sequence[Sequence[float]], stages: int) -> list[float]:
+    """Return the speed of each stage, 1 for the fastest, from the times of the same work on each rank. Pure.
+
+    A stage is as slow as the slowest of its copies in all pipelines.
+    """
+    fastest = min(runs, key=min)
+    slow = EQUAL_SPEEDS * median(fastest)
+    by_rank = [min(fastest) / min(of_rank) if min(of_rank) >= slow else 1.0 for of_rank in runs]
+    return [min(by_rank[stage::stages]) for stage in range(stages)]
 
 
 def layer_kinds(model: LayeredModel) -> list[int]:
@@ -180,9 +193,9 @@ class _Layer:
         state = RandomState(train.seed)
         last = index == len(model.names) - 1
         self._device = device
-        self._module: nn.Module = (module := model.build(range(index, index + 1), train.seed).to(device).train())
-        prepare_layers(module, uncompiled, state)
-        self._chunk = StageChunk(module, index, train=uncompiled, state=state, loss=model.loss if last else None)
+        self._module = model.build(range(index, index + 1), train.seed).to(device).train()
+        prepare_layers(self._module, uncompiled, state)
+        self._chunk = StageChunk(self._module, index, train=uncompiled, state=state, loss=model.loss if last else None)
         tokens, hidden = model.inputs(samples), model.hidden(samples)
         self._received = (
             torch.randint(model.vocabulary, tokens.shape, device=device)
@@ -205,9 +218,9 @@ class _Layer:
         return forward, backward_input, backward_weight
 
     def kept_bytes(self) -> int:
-        """Bytes of the tensors that wait for the backward pass, each storage once, without weights and positions."""
-        always_there = {tensor.untyped_storage().data_ptr() for tensor in self._module.state_dict().values()}
-        always_there |= {tensor.untyped_storage().data_ptr() for tensor in (self._positions, self._targets)}
+        """Bytes of the tensors that wait for the backward pass, each storage once, without what is there anyway."""
+        shared = (*self._module.parameters(), *self._module.buffers(), self._positions, self._targets)
+        always_there = {tensor.untyped_storage().data_ptr() for tensor in shared}
         kept: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:

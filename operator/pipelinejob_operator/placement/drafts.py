@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 
 from pipelinejob_operator.placement import chain, gaps, order, packing, spread
 from pipelinejob_operator.placement.links import Shape, measure
@@ -49,7 +48,7 @@ def around(problem: Problem, pinned: Mapping[int, Path], separation: Separation)
         missing = [rank for rank in range(problem.shape.ranks) if rank not in pinned]
         if not packing.one_by_one(problem.task(separation), missing, placed, ledger) and pinned == problem.keep:
             # Only what must stay is worth a search: else all may move.
-            placed = _anywhere(problem, domain, separation, pinned)
+            placed = _anywhere(problem, domain, separation)
     if len(placed) < problem.shape.ranks:
         return None
     return _bettered(problem, _by_rank(placed), separation, pinned)
@@ -57,32 +56,31 @@ def around(problem: Problem, pinned: Mapping[int, Path], separation: Separation)
 
 def hardest_first(problem: Problem, domain: Path, separation: Separation) -> dict[int, Path]:
     """Ranks with the fewest places first, each near to its neighbours. Holds the ranks up to the first that fails."""
-    placed: dict[int, Path] = {}
-    packing.one_by_one(problem.task(separation), _by_places(problem, domain), placed, problem.ledger(domain))
+    placed = dict(problem.keep)
+    packing.one_by_one(problem.task(separation), by_places(problem, domain), placed, problem.ledger(domain))
     return placed
 
 
-def _by_places(problem: Problem, domain: Path) -> list[int]:
-    """The ranks, those first of which the fewest would fit into ``domain``."""
+def by_places(problem: Problem, domain: Path) -> list[int]:
+    """The ranks that are not kept, those first of which the fewest would fit into ``domain``."""
     rooms = {demand: problem.rooms(demand) for demand in problem.admitted}
     fit = {
         demand: sum(room for host, room in hosts.items() if host[: len(domain)] == domain)
         for demand, hosts in rooms.items()
     }
-    return sorted(range(problem.shape.ranks), key=lambda rank: (fit[problem.demands[rank]], rank))
+    ranks = [rank for rank in range(problem.shape.ranks) if rank not in problem.keep]
+    return sorted(ranks, key=lambda rank: (fit[problem.demands[rank]], rank))
 
 
-def _anywhere(
-    problem: Problem, domain: Path, separation: Separation, pinned: Mapping[int, Path] = MappingProxyType({})
-) -> dict[int, Path]:
-    """Any way to place all ranks that are not ``pinned``, unless the sums show that there is none."""
+def _anywhere(problem: Problem, domain: Path, separation: Separation) -> dict[int, Path]:
+    """Any way to place the ranks that are not kept, unless the sums show that there is none."""
     ledger = problem.ledger(domain)
-    ranks = [rank for rank in _by_places(problem, domain) if rank not in pinned]
+    ranks = by_places(problem, domain)
     asked = Counter[str]()
     for rank in ranks:
         asked.update(dict(problem.demands[rank].requests))
     usable = {host for hosts in problem.admitted.values() for host in hosts} & ledger.free.keys()
-    placed = dict(pinned)
+    placed = dict(problem.keep)
     if all(sum(max(0, ledger.free[host][name]) for host in usable) >= count for name, count in asked.items()):
         search(problem.task(separation), ranks, placed, ledger, problem.admitted, checks=CHECKS)
     return placed

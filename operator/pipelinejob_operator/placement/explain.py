@@ -28,47 +28,43 @@ class Infeasible:
 
 def explain(nodes: Sequence[Node], problem: Problem) -> Infeasible:
     """The reason why ``problem`` has no plan."""
-    demand, fewest = _hardest(problem)
-    wanted = problem.shape.ranks - len(problem.keep)
+    level = problem.levels[problem.top - 1].label if problem.top else ""
     if len({host[: problem.top] for host in problem.keep.values()}) > 1:
-        level = problem.levels[problem.top - 1].label
         return Infeasible(f"the stages that stay are in several domains of the required level {level}", 0)
-    away = Counter(reason for node in nodes if (reason := demand.refusal(node)) is not None)
-    refused = ", ".join(f"{count} {reason}" for reason, count in away.most_common(3))
-    eligible = f"{len(nodes) - away.total()} of {len(nodes)} nodes are eligible" + (f" ({refused})" if refused else "")
+    wanted = problem.shape.ranks - len(problem.keep)
+    domain, fits, demand = _closest(problem, wanted)
+    refused = Counter(reason for node in nodes if (reason := demand.refusal(node)) is not None)
+    eligible = f"{len(nodes) - refused.total()} of {len(nodes)} nodes are eligible"
+    if refused:
+        eligible += f" ({', '.join(f'{count} {reason}' for reason, count in refused.most_common(3))})"
     stage = "" if problem.equal else f"stage {problem.demands.index(demand) % problem.shape.stages}: "
-    if fewest == 0 and away.total() == len(nodes):
+    if refused.total() == len(nodes):
         return Infeasible(f"{stage}{eligible}; change the nodes, or the pod's tolerations and selectors", 0)
-    domain, fits = _closest(problem)
+    counted = f"{stage}{fits} of {wanted} stages fit"
+    if fits == wanted:
+        reason = ", but not with neighbouring stages on different hosts; free another host, or do not require it"
+        return Infeasible(f"{counted}{reason}; {eligible}", fits)
     resource, short = _shortage(problem, demand, domain, wanted if problem.equal else 1)
-    where = ""
-    if problem.top:
-        level = problem.levels[problem.top - 1].label
-        where = f"no {level} takes all; {domain[-1] if domain else 'none'} comes closest; "
-    if fits >= wanted:
-        reason = "all fit, but not with neighbouring stages on different hosts; free another host, or do not require it"
-    elif resource:
-        reason = f"{resource} is short by {text(resource, short)}"
-    else:
+    where = f"no {level} takes all, {domain[-1]} comes closest; " if domain else ""
+    reason = f"{resource} is short by {text(resource, short)}"
+    if not resource:
         reason = "no resource is short by itself, but not enough of all is free on the same nodes"
-    message = f"{stage}{fits} of {wanted} stages fit: {where}{reason}; {eligible}"
-    return Infeasible(message, fits, domain[-1] if domain else "", resource)
+    name = domain[-1] if domain else ""
+    return Infeasible(f"{counted}: {where}{reason}; {eligible}", fits, name, resource)
 
 
-def _hardest(problem: Problem) -> tuple[Demand, int]:
-    totals = {demand: sum(problem.rooms(demand).values()) for demand in problem.admitted}
-    return min(totals.items(), key=lambda item: (item[1], problem.demands.index(item[0])))
-
-
-def _closest(problem: Problem) -> tuple[Path, int]:
-    """The domain that must hold all stages and takes most of them, and how many."""
-    domains = {host[: problem.top] for host in problem.keep.values()} or {host[: problem.top] for host in problem.free}
+def _closest(problem: Problem, wanted: int) -> tuple[Path, int, Demand]:
+    """The domain, of those that must hold all stages, that takes most; how many; and the demand that finds no place."""
+    domains = sorted({host[: problem.top] for host in problem.keep.values() or problem.free} or {()})
     if problem.equal:
-        tree = build(problem.rooms(problem.demands[0]))
-        rooms = {domain.path: domain.room for domain in at_depth(tree, problem.top) if domain.path in domains}
-    else:
-        rooms = {domain: len(drafts.hardest_first(problem, domain, "Off")) for domain in domains}
-    return max(rooms.items(), key=lambda item: (item[1], item[0]), default=((), 0))
+        demand = problem.demands[0]
+        rooms = {item.path: item.room for item in at_depth(build(problem.rooms(demand)), problem.top)}
+        domain = max(domains, key=lambda item: rooms.get(item, 0))
+        return domain, min(rooms.get(domain, 0), wanted), demand
+    placed = {domain: drafts.hardest_first(problem, domain, problem.separation) for domain in domains}
+    domain = max(domains, key=lambda item: len(placed[item]))
+    left = [rank for rank in drafts.by_places(problem, domain) if rank not in placed[domain]]
+    return domain, wanted - len(left), problem.demands[left[0]]
 
 
 def _shortage(problem: Problem, demand: Demand, domain: Path, wanted: int) -> tuple[str, int]:

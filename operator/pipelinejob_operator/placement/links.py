@@ -20,6 +20,11 @@ class Shape:
         """Number of pods."""
         return self.stages * self.pipelines
 
+    @property
+    def cut(self) -> int:
+        """The fewest links that part any set of ranks from the others: those of one rank at the end of a chain."""
+        return min(self.pipelines - 1, 2) + min(self.stages - 1, 1)
+
     def chain_links(self) -> Iterator[tuple[int, int]]:
         """Neighbouring stages: activations and gradients pass here once a microbatch."""
         for rank in range(self.ranks):

@@ -9,7 +9,7 @@ from pipelinejob_operator.placement.fit import Demand, Node
 from pipelinejob_operator.placement.links import Shape
 from pipelinejob_operator.placement.packing import Ledger, Task
 from pipelinejob_operator.placement.topology import Level, Path, TopologyError, path
-from pipelinejob_operator.placement.tree import build
+from pipelinejob_operator.placement.tree import at_depth, build
 
 Separation = Literal["Off", "Preferred", "Required"]
 """Whether neighbouring stages of a chain, which hold copies of each other's state, may share a host."""
@@ -77,18 +77,26 @@ class Problem:
     def least(self) -> int:
         """A cost that no plan is below, whatever stays in place.
 
-        All links together connect all stages, so they cost no less than the cheapest single chain through as many;
-        and chains and rings have no link in common, so each pays for itself. Unequal stages count as if all were as
-        small as the smallest.
+        All links together connect all stages, so they cost no less than the cheapest single chain through as many.
+        With several pipelines, every set of stages has at least ``Shape.cut`` links to the others. A link has two ends,
+        so a level of which n > 1 domains are used is crossed cut * n / 2 times or more, where a chain crosses it n - 1
+        times; and n > 1 for every level narrower than the narrowest domain that holds all. Also, chains and rings have
+        no link in common, so each pays for itself. Unequal stages count as if all were as small as the smallest.
         """
         root, shape = build(self.rooms_if_all(min)), self.shape
         whole, one_chain, one_ring = (
             chain.least_cost(root, size, self.weights, top=self.top) or 0
             for size in (shape.ranks, shape.stages, shape.pipelines)
         )
-        if shape.pipelines == 1:
+        if shape.pipelines == 1 or whole == 0:
             return whole
-        return max(whole, shape.pipelines * one_chain + shape.stages * one_ring)
+        narrowest = max(
+            depth
+            for depth in range(self.top, len(self.weights))
+            if any(domain.room >= shape.ranks for domain in at_depth(root, depth))
+        )
+        by_cuts = -(-shape.cut * (whole + self.weights[narrowest]) // 2)
+        return max(whole, by_cuts, shape.pipelines * one_chain + shape.stages * one_ring)
 
 
 def state(

@@ -20,8 +20,8 @@ FABRICS: tuple[tuple[str, ...], ...] = (
     # https://docs.nvidia.com/topograph/reference/node-labels-and-annotations: releases from 1.0 (tiers count outwards
     # from the node and are found by their prefix), then the ones before.
     ("fabric.topograph.run/tier-*", "accelerator.topograph.run/domain", "accelerator.topograph.run/sub-domain"),
-    ("network.topology.nvidia.com/tier-*", "network.topology.nvidia.com/accelerator"),
     (
+        "network.topology.nvidia.com/tier-*",
         "network.topology.nvidia.com/core",
         "network.topology.nvidia.com/datacenter",
         "network.topology.nvidia.com/spine",

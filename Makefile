@@ -74,6 +74,14 @@ bench-schedules: $(VENV)/complete ## Bubble of every schedule beside its formula
 bench-overhead: $(VENV)/complete ## Our loop beside the shortest torch script: step time and memory.
 	@OMP_NUM_THREADS=1 $(PYTHON) -m tools.bench.overhead
 
+.PHONY: pictures
+pictures: $(VENV)/complete ## Measure and draw a step of every schedule for the documentation.
+	@OMP_NUM_THREADS=1 $(PYTHON) -m tools.bench.draw
+
+.PHONY: bench-placement
+bench-placement: $(VENV)/complete ## Time the planner of placements on large made-up clusters; cost beside other ways.
+	$(PYTHON) -m tools.bench_placement
+
 ##@ Develop
 
 .PHONY: venv

@@ -80,13 +80,24 @@ class Namespace:
         self.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "binaryData": data})
 
     def read(self, claim: str, path: str) -> str:
-        """Read a file from a claim through a pod of our own."""
-        mount = {"name": "volume", "mountPath": "/volume", "readOnly": True}
+        """Read a file from a claim."""
+        return self.run(claim, "cat", f"/volume/{path}")
+
+    def run(self, claim: str, *command: str, mounts: dict[str, Object] | None = None) -> str:
+        """Run a command of the worker image in a pod that mounts a claim at /volume; return what it printed.
+
+        ``mounts``: more volumes, by their path.
+        """
+        more = {f"more-{number}": item for number, item in enumerate((mounts or {}).items())}
         container = {
-            "name": "cat",
+            "name": "run",
             "image": WORKER_IMAGE,
-            "command": ["cat", f"/volume/{path}"],
-            "volumeMounts": [mount],
+            "command": list(command),
+            "volumeMounts": [
+                {"name": "volume", "mountPath": "/volume"},
+                {"name": "scratch", "mountPath": "/tmp"},
+                *({"name": name, "mountPath": path} for name, (path, _) in more.items()),
+            ],
             "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
             "resources": {"requests": {"cpu": "1m"}, "limits": {"cpu": "1"}},
         }
@@ -96,19 +107,27 @@ class Namespace:
             "securityContext": {
                 "runAsNonRoot": True,
                 "runAsUser": 65532,
+                "runAsGroup": 65532,
+                "fsGroup": 65532,
                 "seccompProfile": {"type": "RuntimeDefault"},
             },
             "containers": [container],
-            "volumes": [{"name": "volume", "persistentVolumeClaim": {"claimName": claim}}],
+            "volumes": [
+                {"name": "volume", "persistentVolumeClaim": {"claimName": claim}},
+                {"name": "scratch", "emptyDir": {}},
+                *({"name": name, **volume} for name, (_, volume) in more.items()),
+            ],
         }
-        self.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "reader"}, "spec": spec})
+        self.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "runner"}, "spec": spec})
         wait_for(
-            "the reader pod has ended",
-            lambda: get("pod", "reader", "-n", self.name)["status"].get("phase") == "Succeeded",
-            dump=lambda: kubectl("describe", "pod", "reader", "-n", self.name),
+            "the pod of the command has ended",
+            lambda: get("pod", "runner", "-n", self.name)["status"].get("phase") in ("Succeeded", "Failed"),
+            dump=lambda: kubectl("describe", "pod", "runner", "-n", self.name),
         )
-        text = kubectl("logs", "reader", "-n", self.name)
-        kubectl("delete", "pod", "reader", "-n", self.name, "--wait=false")
+        text = kubectl("logs", "runner", "-n", self.name)
+        phase = get("pod", "runner", "-n", self.name)["status"]["phase"]
+        kubectl("delete", "pod", "runner", "-n", self.name, "--grace-period=1")
+        assert phase == "Succeeded", text
         return text
 
 

@@ -13,9 +13,13 @@ from tests.unit.worker.reference import reference_losses
 @cache
 def undisturbed(steps: int) -> tuple[float, ...]:
     """Losses of ``kit.spec(steps=steps)``, computed in this process, once."""
-    spec = kit.spec(steps=steps)
+    return of_one_process(kit.spec(steps=steps))
+
+
+def of_one_process(spec: kit.Object) -> tuple[float, ...]:
+    """Losses of a job on the tests' text."""
     with TemporaryDirectory() as directory:
         Path(directory, "text.txt").write_bytes(TEXT)
-        spec["train"]["data"]["files"] = [f"{directory}/*.txt"]
-        config = WorkerConfig.model_validate({"job": "reference", "jobUid": "reference", **spec})
-        return tuple(reference_losses(config, steps))
+        train = spec["train"] | {"data": spec["train"]["data"] | {"files": [f"{directory}/*.txt"]}}
+        config = WorkerConfig.model_validate({"job": "reference", "jobUid": "reference", **spec, "train": train})
+        return tuple(reference_losses(config, train["steps"], spec.get("pipelines", 1)))

@@ -111,8 +111,8 @@ class NoData:
         return 1
 
 
-def ours(group: Group, name: ScheduleName, chunks: int, microbatches: int) -> float:
-    """Return the bubble that our loop reports after some steps."""
+def sleeping_loop(group: Group, name: ScheduleName, chunks: int, microbatches: int) -> tuple[StageLoop, Train]:
+    """Return our loop over sleeping layers, and its settings."""
     train = Train(
         data=Data(files=["none"]),
         steps=STEPS + 1,
@@ -122,9 +122,13 @@ def ours(group: Group, name: ScheduleName, chunks: int, microbatches: int) -> fl
     )
     schedule = build_schedule(name, group.stages, chunks, microbatches)
     total = group.stages * chunks
-    loop = StageLoop(
-        train, SleepingModel(total), schedule, [range(i, i + 1) for i in range(total)], corpus=NoData(), group=group
-    )
+    parts = [range(index, index + 1) for index in range(total)]
+    return StageLoop(train, SleepingModel(total), schedule, parts, corpus=NoData(), group=group), train
+
+
+def ours(group: Group, name: ScheduleName, chunks: int, microbatches: int) -> float:
+    """Return the bubble that our loop reports after some steps."""
+    loop, train = sleeping_loop(group, name, chunks, microbatches)
     limit = bubble_limit(name, group.stages, chunks, microbatches)
     meter = Meter(Expectation(train.steps, 1, 1.0, None, ["0"] * group.stages, limit, 1.0, limit))
     for step in range(train.steps):

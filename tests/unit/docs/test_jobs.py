@@ -12,7 +12,7 @@ from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.policy import acceptance
 from pipelinejob_operator.policy.facts import Claim
 from pipelinejob_worker.models import model_of
-from pipelinejob_worker.pipeline.partition import describe, partition
+from pipelinejob_worker.pipeline.partition import balanced, describe, static_costs
 from pipelinejob_worker.pipeline.schedule import bubble_limit
 from tests.unit.docs.pages import DOCS, ROOT, Object, pages, yaml_blocks
 
@@ -86,7 +86,9 @@ def test_the_tutorial_says_what_its_job_does() -> None:
     assert [shown] == EXAMPLES["tiny-gpt.yaml"]
 
     spec = Job.read(as_stored(shown)).spec
-    layers = [describe(part) for part in partition(model_of(spec.model).costs, spec.stages)]
+    costs = static_costs(model_of(spec.model), spec.train.global_batch_size // spec.train.microbatches)
+    chunks = balanced(costs, list(range(spec.stages)), [1.0] * spec.stages).chunks
+    layers = [describe(part) for part in chunks]
     text = " ".join(tutorial.read_text().split())
     assert f"layers {', '.join(layers[:-1])} and {layers[-1]}" in text
-    assert f"allows {100 * bubble_limit(spec.stages, spec.train.microbatches):.0f} % at best" in text
+    assert f"allows {100 * bubble_limit('1F1B', spec.stages, 1, spec.train.microbatches):.0f} % at best" in text

@@ -46,6 +46,7 @@ class Pod:
             "attempt": 0,
             "pod_info": str(self.info),
             "checkpoint_directory": str(checkpoints or directory),
+            "scratch_directory": str(self.info),
             "termination_log": str(self._termination),
             "status_port": self.port,
         } | settings

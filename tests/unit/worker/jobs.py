@@ -23,6 +23,7 @@ def job(
     tied: bool = False,
     data: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
+    partition: str = "Balanced",
     **train: Any,
 ) -> WorkerConfig:
     """A GPT of ``layers`` blocks, embedding and head on a text that this writes into ``directory``."""
@@ -52,6 +53,7 @@ def job(
                 }
             },
             "train": settings | train,
+            "partition": {"strategy": partition},
             "checkpoint": {"volumeClaimName": "state", "everySteps": every_steps, "keep": 2},
         }
     )

@@ -9,7 +9,7 @@ from pipelinejob_worker.agent.settings import Settings
 
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
-    for path in ("pod_info", "checkpoint_directory", "termination_log"):
+    for path in ("pod_info", "checkpoint_directory", "scratch_directory", "termination_log"):
         settings[path] = Path(settings[path])
     if "worker" in settings:
         settings["worker"] = tuple(settings["worker"])

@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+from pipelinejob_worker.pipeline.timeline import BUSY
 from pipelinejob_worker.protocol import ExitCode, Membership, WorkerConfig
 from tests.unit.worker.agents import Pod, until
 from tests.unit.worker.forked import free_port
@@ -48,7 +49,7 @@ def test_without_a_volume_the_log_of_the_last_stage_has_every_loss(tmp_path: Pat
 def test_a_pod_asked_to_leave_takes_all_with_it_and_a_killed_one_is_not_blamed_on_its_peers(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
-    config = job(tmp_path, steps=100_000, every_steps=100_000)
+    config = job(tmp_path, steps=100_000, every_steps=100_000, partition="Even")
 
     before = tmp_path / "before"
     before.mkdir()
@@ -57,6 +58,9 @@ def test_a_pod_asked_to_leave_takes_all_with_it_and_a_killed_one_is_not_blamed_o
         status = until(lambda: (s := first.status()) and s.progress.step >= 3 and s)
         assert [(stage.stage, stage.layers) for stage in status.progress.stages] == [(0, "0-2"), (1, "3-5")]
         assert status.progress.bubble_limit_percent == 20
+        _, trace = until(lambda: (answer := first.get("/trace")) and answer[0] == 200 and answer)
+        assert {event["cat"] for event in json.loads(trace)["traceEvents"] if event["ph"] == "X"} >= set(BUSY)
+        assert last.get("/trace")[0] == 404, "the trace of all stages is with rank 0"
         last.terminate()
         assert [first.exit_code(), last.exit_code()] == [ExitCode.DRAINED] * 2, first.output + last.output
         assert first.termination.step == last.termination.step == len(history(checkpoints))

@@ -9,6 +9,7 @@ from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.protocol import (
     CHECKPOINT_DIRECTORY,
     POD_INFO_DIRECTORY,
+    SCRATCH_DIRECTORY,
     STATUS_PORT,
     TERMINATION_LOG,
     Env,
@@ -31,6 +32,7 @@ class Settings:
     pipeline: int = 0
     pod_info: Path = Path(POD_INFO_DIRECTORY)
     checkpoint_directory: Path = Path(CHECKPOINT_DIRECTORY)
+    scratch_directory: Path = Path(SCRATCH_DIRECTORY)
     termination_log: Path = Path(TERMINATION_LOG)
     status_port: int = STATUS_PORT
     worker: tuple[str, ...] = _WORKER

@@ -1,7 +1,8 @@
-"""What an agent serves: ``/status``, ``/metrics``, ``/healthz`` and ``/readyz``; read only."""
+"""What an agent serves: ``/status``, ``/metrics``, ``/trace``, ``/healthz`` and ``/readyz``; read only."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from aiohttp import web
 
@@ -14,14 +15,22 @@ _Gauge = tuple[str, str, float | None]
 
 
 @asynccontextmanager
-async def serve(port: int, status: Callable[[], AgentStatus]) -> AsyncIterator[int]:
-    """Serve on all interfaces until the end of the block; yield the port. Raises OSError when it is taken."""
+async def serve(port: int, status: Callable[[], AgentStatus], trace: Path) -> AsyncIterator[int]:
+    """Serve on all interfaces until the end of the block; yield the port. Raises OSError when it is taken.
+
+    ``trace``: file that the worker of rank 0 writes now and then.
+    """
 
     async def answer_status(_: web.Request) -> web.Response:
         return web.Response(text=status().to_json(), content_type="application/json")
 
     async def answer_metrics(_: web.Request) -> web.Response:
         return web.Response(body=metrics(status()).encode(), headers={"Content-Type": _METRICS_TYPE})
+
+    async def answer_trace(_: web.Request) -> web.StreamResponse:
+        if not trace.exists():
+            return web.Response(text="no step is traced here: ask rank 0, some steps after its start\n", status=404)
+        return web.FileResponse(trace, headers={"Content-Type": "application/json"})
 
     async def answer_health(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -35,6 +44,7 @@ async def serve(port: int, status: Callable[[], AgentStatus]) -> AsyncIterator[i
         [
             web.get("/status", answer_status),
             web.get("/metrics", answer_metrics),
+            web.get("/trace", answer_trace),
             web.get("/healthz", answer_health),
             web.get("/readyz", answer_readiness),
         ]

@@ -13,6 +13,7 @@ from pipelinejob_worker.agent.worker_process import WorkerProcess
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.link import Assignment, Drain, Event, Failed, Joined, Reached
 from pipelinejob_worker.protocol import (
+    TRACE_FILE,
     AgentState,
     AgentStatus,
     ExitCode,
@@ -126,6 +127,7 @@ class Supervisor:
                 checkpoint_directory=(
                     str(self._settings.checkpoint_directory) if config.checkpoint.volume_claim_name else ""
                 ),
+                scratch_directory=str(self._settings.scratch_directory),
             )
         )
         log.info(
@@ -154,7 +156,8 @@ async def supervise(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, supervisor.request_drain, signal.Signals(number).name)
     try:
-        async with serve(settings.status_port, supervisor.status) as port:
+        trace = settings.scratch_directory / TRACE_FILE
+        async with serve(settings.status_port, supervisor.status, trace) as port:
             log.info("agent started", port=port)
             reached = await supervisor.run()
     finally:

@@ -103,7 +103,8 @@ class Refused(Wire):
     """The request was not accepted, and has no tokens.
 
     ``too_large``: longer than the context or the whole cache, and never possible. ``invalid``: a token id outside the
-    vocabulary, an id in use, or nothing left to generate. ``overloaded``: try again after ``retry_after_seconds``.
+    vocabulary, an id in use, or texts to stop at without a tokenizer. ``overloaded``: try again after
+    ``retry_after_seconds``.
     """
 
     kind: Literal["refused"] = "refused"

@@ -74,6 +74,10 @@ bench-schedules: $(VENV)/complete ## Bubble of every schedule beside its formula
 bench-overhead: $(VENV)/complete ## Our loop beside the shortest torch script: step time and memory.
 	@OMP_NUM_THREADS=1 $(PYTHON) -m tools.bench.overhead
 
+.PHONY: bench-partition
+bench-partition: $(VENV)/complete ## Balanced against Even on uneven layers: predicted and measured step time.
+	@OMP_NUM_THREADS=1 $(PYTHON) -m tools.bench.partition
+
 .PHONY: pictures
 pictures: $(VENV)/complete ## Measure and draw a step of every schedule for the documentation.
 	@OMP_NUM_THREADS=1 $(PYTHON) -m tools.bench.draw

@@ -20,6 +20,7 @@ def job(
     every_steps: int = 5,
     chunks: int = 1,
     layers: int = 4,
+    context: int = 16,
     tied: bool = False,
     data: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
@@ -47,7 +48,7 @@ def job(
                     "layers": layers,
                     "width": 32,
                     "heads": 4,
-                    "context": 16,
+                    "context": context,
                     "dropout": dropout,
                     "tieEmbeddings": tied,
                 }

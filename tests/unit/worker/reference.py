@@ -15,7 +15,7 @@ from pipelinejob_worker.models.randomness import mix
 from pipelinejob_worker.protocol import Optimizer, WorkerConfig
 from tests.unit.worker import forked
 
-AUTOCAST = {"Float32": None, "BFloat16": torch.bfloat16}
+AUTOCAST = {"Float32": None, "BFloat16": torch.bfloat16, "Float16": torch.float16}
 
 
 def reference_losses(config: WorkerConfig, steps: int, copies: int = 1) -> list[float]:
@@ -34,6 +34,7 @@ def _losses(config: WorkerConfig, steps: int, copies: int) -> list[float]:
     corpus = Corpus(train, model.context, model.vocabulary)
     samples = train.global_batch_size // train.microbatches
     autocast = AUTOCAST[train.precision]
+    scale = 65536.0 if train.precision == "Float16" else 1.0
     losses = []
     for step in range(steps):
         sums: list[list[torch.Tensor]] = []
@@ -47,7 +48,7 @@ def _losses(config: WorkerConfig, steps: int, copies: int) -> list[float]:
                     torch.manual_seed(mix(train.seed, step, microbatch, index))
                     hidden = run(hidden, positions)
                 loss = model.loss(hidden, batch.targets) / corpus.targets_in(step)
-            loss.backward()
+            (loss * scale).backward()
             step_loss += loss.item()
             if (microbatch + 1) % (train.microbatches // copies) == 0:
                 sums.append([p.grad for p in parameters])
@@ -56,6 +57,13 @@ def _losses(config: WorkerConfig, steps: int, copies: int) -> list[float]:
             parameter.grad = gradients[0]
             for gradient in gradients[1:]:
                 parameter.grad = parameter.grad + gradient
+        for parameter in parameters:
+            parameter.grad = parameter.grad / scale
+        if not all(parameter.grad.isfinite().all() for parameter in parameters):
+            scale /= 2
+            optimizer.zero_grad()
+            losses.append(step_loss)
+            continue
         counted_twice = _sum_ties(model.ties, layers)
         _clip(layers, counted_twice, float(train.optimizer.clip_norm))
         for group in optimizer.param_groups:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.unit.worker.forked import run_to_end
+from pipelinejob_worker.link import Reached
+from tests.unit.worker.forked import pipeline, run_to_end
 from tests.unit.worker.jobs import history, job
 from tests.unit.worker.pairs import all_pairs
 from tests.unit.worker.reference import reference_losses
@@ -67,6 +68,20 @@ def test_every_schedule_and_setting_has_the_losses_of_one_process(tmp_path: Path
     expected = reference_losses(config, STEPS, pipelines)
     assert expected[-1] < expected[0]
     assert losses_of(tmp_path, config, stages, pipelines) == expected
+
+
+def test_float16_scales_the_loss_and_skips_steps_that_overflow(tmp_path: Path) -> None:
+    config = job(tmp_path, steps=STEPS, clip_norm="0", microbatches=2, precision="Float16")
+    with pipeline(config, 2, tmp_path, tmp_path) as stages:
+        told = [event.progress for event in stages[0].events() if isinstance(event, Reached)]
+        assert [stage.exit_code() for stage in stages] == [0, 0]
+    assert told[-1].skipped_steps == 1, "the first scale is too large for this model"
+    assert history(tmp_path) == reference_losses(config, STEPS)
+
+
+def test_compiled_layers_have_the_losses_of_one_process_with_compiled_layers(tmp_path: Path) -> None:
+    config = job(tmp_path, steps=3, dropout="0.1", layers=2, compile=True)
+    assert losses_of(tmp_path, config, 2) == reference_losses(config, 3)
 
 
 @pytest.mark.parametrize("schedule", ["GPipe", "1F1B"])

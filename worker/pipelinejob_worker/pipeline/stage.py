@@ -1,5 +1,7 @@
 """The chunks of one stage: forward and backward passes of one microbatch, with their random state and precision."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.utils.checkpoint import checkpoint
 
+from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.models import Chunk
 from pipelinejob_worker.models.randomness import mix
 from pipelinejob_worker.protocol import Train
@@ -31,6 +34,18 @@ class RandomState:
 
     step: int = 0
     microbatch: int = 0
+
+
+def check_compiler(train: Train) -> None:
+    """Raise ConfigurationError where layers shall be compiled and the image has no compiler.
+
+    torch writes C++, on CUDA also for what starts its kernels.
+    """
+    if train.compile and not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("gcc"):
+        raise ConfigurationError(
+            "spec.train.compile: true, but this image has no C++ compiler; allowed: an image with one, for instance "
+            "built from the worker image with g++ installed, or false"
+        )
 
 
 def prepare_layers(chunk: Chunk, train: Train, state: RandomState) -> None:

@@ -10,7 +10,8 @@ from pipelinejob_worker.link import AgentLink, Assignment, Joined
 from pipelinejob_worker.models import LayeredModel, model_of
 from pipelinejob_worker.pipeline.group import Group, joined, prepare_device
 from pipelinejob_worker.pipeline.schedule import build_schedule
-from pipelinejob_worker.protocol import ExitCode
+from pipelinejob_worker.pipeline.stage import check_compiler
+from pipelinejob_worker.protocol import ExitCode, Progress
 from pipelinejob_worker.state import commit
 from pipelinejob_worker.state.checkpoint import CheckpointStore
 from pipelinejob_worker.state.history import History
@@ -43,6 +44,7 @@ def run(assignment: Assignment, link: AgentLink) -> ExitCode:
         train.schedule.chunks_per_stage,
         train.microbatches // membership.pipelines,
     )
+    check_compiler(train)
     device = prepare_device()
     store = _open_store(assignment, model)
     with joined(membership, device) as group:
@@ -96,7 +98,7 @@ class StageJob:
         step = self._resume()
         history = History(self._directory, step) if self._store and self._tells_loss else None
         self._link.send(Joined(layers=self._plan.layers_of(self._group.stage)))
-        self._report(step, now=True)
+        self._reporter.report(self._progress(step), now=True)
         try:
             step = self._train(step, history)
         finally:
@@ -123,7 +125,9 @@ class StageJob:
             if self._saver:
                 self._saver.advance(saver_votes)
                 self._save(self._saver, step, history, leave=leave)
-            self._report(step, now=leave)
+            progress = self._progress(step)
+            self._reporter.report(progress, now=leave)
+            self._reporter.log_step(progress, now=leave)
         return step
 
     def _validate(self, step: int, leave: bool) -> None:
@@ -145,10 +149,10 @@ class StageJob:
         if leave:
             saver.finish(self._group.sum)
 
-    def _report(self, step: int, *, now: bool) -> None:
+    def _progress(self, step: int) -> Progress:
         saver, validation = self._saver, self._validation
         problem = saver.problem if saver else ""
-        progress = self._meter.progress(step).model_copy(
+        return self._meter.progress(step).model_copy(
             update={
                 "last_checkpoint_step": saver.saved_step if saver else 0,
                 "checkpoint_problem": problem,
@@ -157,8 +161,6 @@ class StageJob:
                 "validation_loss": validation[1] if validation else None,
             }
         )
-        self._reporter.report(progress, now=now)
-        self._reporter.log_step(progress, now=now)
 
     def _end(self, step: int) -> ExitCode:
         saved_step = self._saver.saved_step if self._saver else 0

@@ -1,6 +1,8 @@
 """Where a decoder can be cut: found by one forward pass on the meta device, without a table of architectures."""
 
+import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -47,6 +49,9 @@ class Anatomy:
     costs: tuple[Cost, ...]
     """Of the embedding, each layer, the head."""
 
+    takes_positions: bool
+    """Whether the forward pass obeys ``position_ids``."""
+
     width: int
     vocabulary: int
 
@@ -72,21 +77,38 @@ def first(output: Any) -> torch.Tensor:
     return hidden
 
 
+@contextmanager
+def without_values(what: str) -> Iterator[None]:
+    """Compute shapes and graphs only, on the meta device. Raises IndivisibleError when that fails.
+
+    The tensors are fake ones and not only on meta, so that transformers builds masks without a look at their values.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
+        try:
+            yield
+        except IndivisibleError:
+            raise
+        except Exception as error:  # the code of any architecture may raise anything
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise IndivisibleError(f"{what} fails without values ({problem})") from error
+
+
 def dissect(architecture: type[PreTrainedModel], config: PreTrainedConfig, tokens: int) -> Anatomy:
     """Find a model's parts, and prove on its autograd graph that one hidden state is all that passes between them.
 
     ``tokens``: length of the sample whose operations are counted. Raises IndivisibleError.
     """
     with torch.device("meta"):
-        model = architecture(_with_plain_rotation(config))
+        model = architecture(with_plain_rotation(config))
     base = model.base_model
     if base is model:
         raise IndivisibleError("the model is its own base model; allowed: a base model with a head")
     name, layers = _layers(base, config.num_hidden_layers)
     if any(not parameter.requires_grad for parameter in model.parameters()):
         raise IndivisibleError("some of its parameters do not train; allowed: parameters that all train")
+    takes_positions = "position_ids" in inspect.signature(architecture.forward).parameters
     trace = _Trace(model, layers)
-    trace.run(tokens)
+    trace.run(tokens, takes_positions=takes_positions)
     children = {child: _parameters(module) for child, module in base.named_children() if child != name}
     head = {child: _parameters(module) for child, module in model.named_children() if module is not base}
     before = frozenset(child for child, parameters in children.items() if parameters & trace.embedding)
@@ -108,6 +130,7 @@ def dissect(architecture: type[PreTrainedModel], config: PreTrainedConfig, token
             Cost(flops=flops / tokens, parameters=sum(parameter.numel() for parameter in parameters))
             for flops, parameters in zip(trace.flops, counts, strict=True)
         ),
+        takes_positions=takes_positions,
         width=trace.width,
         vocabulary=trace.vocabulary,
     )
@@ -125,7 +148,6 @@ class _Trace:
         self._model = model
         self._layers = layers
         self._received: torch.Tensor | None = None
-        self._returned: torch.Tensor | None = None
         self._counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_flops})
         self._marks: list[int] = []
         self._calls = 0
@@ -141,24 +163,14 @@ class _Trace:
         marks = [0, *self._marks, self._counter.get_total_flops()]
         return [later - earlier for earlier, later in pairwise(marks)]
 
-    def run(self, tokens: int) -> None:
+    def run(self, tokens: int, *, takes_positions: bool) -> None:
         """Run the pass over one sample. Raises IndivisibleError."""
         for index, layer in enumerate(self._layers):
             layer.register_forward_pre_hook(self._entering(index), with_kwargs=True)
             layer.register_forward_hook(self._leaving(index))
-        # A fake tensor and not only a meta tensor, so that masks are built without a look at their values.
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"), self._counter:
-            try:
-                output = self._model(
-                    input_ids=torch.zeros(1, tokens, dtype=torch.int64),
-                    position_ids=torch.arange(tokens)[None],
-                    use_cache=False,
-                )
-            except IndivisibleError:
-                raise
-            except Exception as error:  # the code of any architecture may raise anything
-                problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                raise IndivisibleError(f"its forward pass fails without values ({problem})") from error
+        with without_values("its forward pass"), self._counter:
+            places = {"position_ids": torch.arange(tokens)[None]} if takes_positions else {}
+            output = self._model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), **places, use_cache=False)
         if self._calls != len(self._layers):
             raise IndivisibleError(f"{self._calls} of its {len(self._layers)} layers were called once and in order")
         self.vocabulary = output.logits.shape[-1]
@@ -261,7 +273,7 @@ def _tie(model: PreTrainedModel, shared: set[torch.Tensor]) -> tuple[str, str] |
     return name, name
 
 
-def _with_plain_rotation(config: PreTrainedConfig) -> PreTrainedConfig:
+def with_plain_rotation(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return a copy whose rotary embedding does not look at positions; it has no parameters either way."""
     plain = type(config).from_dict(config.to_dict())
     _set_default_rotation(getattr(plain, "rope_parameters", None))

@@ -1,6 +1,5 @@
 """Contiguous layers of a decoder: the original classes, without what other chunks hold."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from pipelinejob_worker.models.hugging_face.anatomy import Anatomy, first, hidden_of, with_hidden
+from pipelinejob_worker.models.hugging_face.anatomy import (
+    Anatomy,
+    first,
+    hidden_of,
+    with_hidden,
+    with_plain_rotation,
+    without_values,
+)
 from pipelinejob_worker.models.hugging_face.repository import Repository
 from pipelinejob_worker.models.hugging_face.weights import Weights
 from pipelinejob_worker.models.layered import Chunk
@@ -117,7 +123,6 @@ def pruned(anatomy: Anatomy, part: Part) -> type[PreTrainedModel]:
     is that of a layer. It has the architecture's name, by which transformers finds the old names of its weights.
     """
     architecture: Any = anatomy.architecture
-    takes_positions = takes(architecture, "position_ids")
 
     def initialise(self: Any, config: PreTrainedConfig, *arguments: Any, **keywords: Any) -> None:
         architecture.__init__(self, config, *arguments, **keywords)
@@ -126,7 +131,7 @@ def pruned(anatomy: Anatomy, part: Part) -> type[PreTrainedModel]:
 
     def forward(self: Any, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         inputs: dict[str, Any] = {"input_ids" if part.kind == "embedding" else "inputs_embeds": hidden}
-        if takes_positions:
+        if anatomy.takes_positions:
             inputs["position_ids"] = positions
         self.passage.open(hidden)
         try:
@@ -151,9 +156,15 @@ def pruned(anatomy: Anatomy, part: Part) -> type[PreTrainedModel]:
     return type(architecture.__name__, (architecture,), members)
 
 
-def takes(architecture: type[PreTrainedModel], argument: str) -> bool:
-    """Return whether the architecture's forward pass knows an argument."""
-    return argument in inspect.signature(architecture.forward).parameters
+def check_parts(anatomy: Anatomy, config: PreTrainedConfig) -> None:
+    """Raise IndivisibleError unless each part runs without the others: the code may read what is absent."""
+    plain = with_plain_rotation(config)
+    for part in parts_of(range(anatomy.count + 2), anatomy.count):
+        with torch.device("meta"):
+            model = pruned(anatomy, part)(plain)
+        with without_values(f"its {part.kind} alone"):
+            tokens = torch.zeros(1, 2, dtype=torch.int64)
+            model(tokens if part.kind == "embedding" else torch.zeros(1, 2, anatomy.width), torch.arange(2)[None])
 
 
 def load(anatomy: Anatomy, part: Part, config: PreTrainedConfig, repository: Repository) -> PreTrainedModel:
@@ -176,7 +187,11 @@ def load(anatomy: Anatomy, part: Part, config: PreTrainedConfig, repository: Rep
             )
         except Exception as error:  # whatever transformers makes of a failed read or conversion
             problem = " ".join(str(error).split())[:300]
-            raise weights.failure or repository.refused(f"its weights do not fit config.json: {problem}") from error
+            raise weights.failure or repository.refused(
+                f"its weights do not fit config.json ({problem}); both must be of one model: copy it anew"
+            ) from error
+        if weights.failure:
+            raise weights.failure
     _check(model, found, anatomy, part, repository)
     model.train()
     return model

@@ -43,6 +43,7 @@ def read_config(repository: Repository) -> tuple[PreTrainedConfig, dict[str, Any
             f"{kind} has other inputs than text beside its decoder; allowed: a decoder of text alone, for instance the "
             "text model of this family"
         )
+    config.return_dict = True
     config.output_hidden_states = False
     if getattr(config, "output_router_logits", False):  # a loss over the routers of all stages
         config.output_router_logits = False

@@ -2,7 +2,7 @@
 
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.models.hugging_face.anatomy import IndivisibleError, dissect
-from pipelinejob_worker.models.hugging_face.chunk import HuggingFaceChunk, takes
+from pipelinejob_worker.models.hugging_face.chunk import HuggingFaceChunk, check_parts
 from pipelinejob_worker.models.hugging_face.configuration import architecture_of, identity, read_config
 from pipelinejob_worker.models.hugging_face.repository import Repository
 from pipelinejob_worker.models.layered import Chunk, LayeredModel, Tie
@@ -25,6 +25,7 @@ class HuggingFaceModel(LayeredModel):
         try:
             # A token sees half of the context on average.
             self.anatomy = dissect(architecture, self.config, tokens=max(1, source.context // 2))
+            check_parts(self.anatomy, self.config)
         except IndivisibleError as error:
             raise self.repository.refused(f"{architecture.__name__} cannot be cut into stages: {error}") from error
         last = self.anatomy.count + 1
@@ -36,7 +37,7 @@ class HuggingFaceModel(LayeredModel):
             self.ties = (Tie(0, self.anatomy.tie[0], last, self.anatomy.tie[1]),)
         self.identity = identity(self.raw_config)
         self.fingerprint = f"{self.identity} context={self.context}"
-        self.separates_documents = takes(architecture, "position_ids")
+        self.separates_documents = self.anatomy.takes_positions
 
     def build(self, indices: range, seed: int) -> Chunk:
         """Build the layers ``indices`` with the weights of the model's files, whatever the seed.

@@ -91,8 +91,7 @@ class Repository:
                 "is no repository of the hub that this container may see; allowed: owner/name, or a directory "
                 "with a leading /; a private one needs HF_TOKEN"
             ) from error
-        # .../snapshots/<commit>/<name>: a branch that moves meanwhile must not mix two versions.
-        self._revision = path.parents[len(Path(name).parents) - 1].name
+        self._revision = path.parent.name  # the commit: a branch that moves meanwhile must not mix two versions
         return path
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.models.hugging_face.repository import Repository
 
 SINGLE = "model.safetensors"
@@ -37,7 +36,7 @@ class Weights:
         self._repository = repository
         self._open: dict[str, Any] = {}
         self._lock = threading.Lock()
-        self.failure: ConfigurationError | None = None
+        self.failure: Exception | None = None
         if repository.find(SINGLE):
             self._files = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         else:
@@ -58,15 +57,24 @@ class Weights:
         return {name: LazyTensor(self, name) for name in self._files}
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor, from any thread. Raises ConfigurationError, and keeps the first in ``failure``."""
+        """Read one tensor, from any thread.
+
+        Raises ConfigurationError, and OSError when a hub does not answer; keeps the first in ``failure``, as
+        transformers makes something else of it.
+        """
         try:
-            file = self._file(self._files[name])
-            tensor: torch.Tensor = file.get_slice(name)[...]
-        except (OSError, SafetensorError) as error:
-            self._fail(f"{self._files[name]}: tensor {name} cannot be read: {_one_line(error)}", error)
-        except ConfigurationError as error:
+            return self._read(self._file(self._files[name]), name)
+        except Exception as error:
             self.failure = self.failure or error
             raise
+
+    def _read(self, file: Any, name: str) -> torch.Tensor:
+        try:
+            tensor: torch.Tensor = file.get_slice(name)[...]
+        except (OSError, SafetensorError) as error:
+            raise self._repository.refused(
+                f"{self._files[name]}: tensor {name} cannot be read ({_one_line(error)}); copy the model anew"
+            ) from error
         return tensor
 
     def _file(self, name: str) -> Any:
@@ -94,11 +102,6 @@ class Weights:
         if not isinstance(files, dict) or not all(_is_file_name(file) for file in files.values()):
             raise self._repository.refused(f"{INDEX} has no weight_map from tensors to files; copy the model anew")
         return files
-
-    def _fail(self, problem: str, error: Exception) -> None:
-        failure = self._repository.refused(f"{problem}; copy the model anew")
-        self.failure = self.failure or failure
-        raise failure from error
 
 
 def _is_file_name(value: object) -> bool:

@@ -62,6 +62,12 @@ def save(to: CheckpointStore, step: int) -> None:
     to.publish(step, NAMES, ranks=1, extra={"goodSteps": step})
 
 
+def read(from_: CheckpointStore, step: int) -> dict[int, dict[str, torch.Tensor]]:
+    """A whole checkpoint, by layer."""
+    manifest = from_.manifest(step)
+    return {index: from_.read_layer(manifest, name, SHAPES) for index, name in enumerate(NAMES)}
+
+
 def memberships(stages: int, pipelines: int = 1, port: int = 1) -> list[Membership]:
     """Those of all ranks, in the order of the ranks."""
     return [

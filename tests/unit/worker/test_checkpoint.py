@@ -5,22 +5,16 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import torch
 from pydantic import ValidationError
 
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.state.checkpoint import CheckpointDamagedError, CheckpointStore, Written
 from pipelinejob_worker.state.history import History
-from tests.unit.worker.checkpoints import NAMES, SHAPES, layer, same, save, store
+from tests.unit.worker.checkpoints import NAMES, SHAPES, layer, read, same, save, store
 
 
 def listing(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
-
-
-def read(from_: CheckpointStore, step: int) -> dict[int, dict[str, torch.Tensor]]:
-    manifest = from_.manifest(step)
-    return {index: from_.read_layer(manifest, name, SHAPES) for index, name in enumerate(NAMES)}
 
 
 def write_parts(to: CheckpointStore, step: int, parts: int, missing: set[tuple[str, int]] = frozenset()) -> None:

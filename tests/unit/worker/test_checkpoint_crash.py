@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.unit.worker import forked
-from tests.unit.worker.checkpoints import Job, same, save, store
+from tests.unit.worker.checkpoints import Job, read, same, save, store
 
 _CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 
@@ -31,6 +31,8 @@ def _save_20(volume: Path) -> None:
 
 def _check_and_go_on(volume: Path) -> int:
     """Resume as the next attempt, which must save as if nothing had happened; return the step resumed from."""
+    left = store(volume)
+    assert all(same(read(left, step), step) for step in left.complete_steps()), "what looks complete is complete"
     job = Job(volume, stages=1, attempt=1, keep=1)
     (step,) = {resumed.step for resumed in job.resumed}
     assert step in (10, 20)

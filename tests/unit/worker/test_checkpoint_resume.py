@@ -69,6 +69,18 @@ def test_a_damaged_checkpoint_is_passed_over_and_all_ranks_know_file_and_cause(
     assert all(same(resumed.layers, 20) and not resumed.problem for resumed in Job(tmp_path, 1).resumed)
 
 
+def test_a_file_where_a_checkpoint_has_to_come_is_damage_and_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "step-000000020").write_text("not a directory")
+    job = Job(tmp_path, 2)
+    assert job.problem == (
+        f"the checkpoint of step 20 was not used: stage 0: {tmp_path}/step-000000020/manifest.json: Not a directory; "
+        "training went on from step 0"
+    )
+    job.save(20)
+    assert (job.saved_step, job.problem) == (20, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000000020"]
+
+
 def test_the_newest_problem_is_told_when_none_is_good(tmp_path: Path) -> None:
     before = Job(tmp_path, stages=1, pipelines=2)
     before.save(10)

@@ -1,6 +1,8 @@
 """Saving goes on beside training: what is saved, what it waits for, and what a failing volume changes."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -95,6 +97,25 @@ def test_a_volume_that_hangs_in_the_middle_delays_no_step(tmp_path: Path) -> Non
         "the checkpoint of step 20 was not written: stage 1: Invalid argument; the newest is of step 10"
     )
     assert names(tmp_path) == ["latest", "step-000000010"]
+
+
+_LEAVE = """
+import os, sys
+from pathlib import Path
+from tests.unit.worker.checkpoints import Job
+
+volume = Path(sys.argv[1])
+job = Job(volume, 1)
+(volume / "step-000000010.partial-0").mkdir()
+os.mkfifo(volume / "step-000000010.partial-0/head.safetensors")
+job.begin(10)
+sys.exit(41)
+"""
+
+
+def test_a_process_that_must_leave_does_not_wait_for_a_volume_that_hangs(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", _LEAVE, tmp_path], timeout=PATIENCE_SECONDS, check=False)
+    assert ended.returncode == 41
 
 
 def test_the_end_waits_longer_than_ranks_may_be_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

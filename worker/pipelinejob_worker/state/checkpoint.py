@@ -158,7 +158,7 @@ class CheckpointStore:
         """Delete what is not finished, by whichever attempt; nobody may be writing. Raises OSError."""
         for path in self._directory.iterdir():
             if _UNFINISHED.fullmatch(path.name):
-                shutil.rmtree(path)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def distrust(self, step: int) -> None:
         """Count a checkpoint as not there; ``retain`` deletes it once there is a good one."""

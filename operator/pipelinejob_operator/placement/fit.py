@@ -47,7 +47,7 @@ class Toleration:
         """Whether it answers ``taint``; an operator unknown here answers none."""
         if self.effect not in ("", taint.effect) or self.key not in ("", taint.key):
             return False
-        return self.operator == "Exists" or (self.operator == "Equal" and self.value == taint.value and bool(self.key))
+        return self.operator == "Exists" or (self.operator == "Equal" and self.value == taint.value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,27 @@ def test_what_may_stay_stays_and_what_moves_is_told() -> None:
     assert elsewhere.message.endswith("; 1 stages move")
 
 
+def test_of_the_cheapest_plans_the_one_that_keeps_most_stages_is_taken() -> None:
+    nodes = hosts(a_1_1=2, a_1_2=2, a_2_1=2, a_2_2=2)
+    found = planned(nodes, 4, current={0: "a-2-1", 1: "a-2-1", 2: "a-1-1"})
+    assert found.nodes == ("a-2-1", "a-2-1", "a-2-2", "a-2-2")
+    assert found.moved == (2,)
+
+
+def test_the_chain_runs_through_its_hosts_in_the_order_of_the_stages_there() -> None:
+    nodes = hosts(a_1_1=2, a_1_2=2, a_2_1=2, a_2_2=2, b_1_1=1)
+    before = ("a-2-2", "a-2-2", "a-2-1", "a-2-1", "a-1-2", "a-1-2", "a-1-1")
+    found = planned(nodes, 8, current={**dict(enumerate(before)), 7: "b-1-1"})
+    assert found.nodes == (*before, "a-1-1")
+    assert found.moved == (7,)
+
+
+def test_a_new_host_enters_the_chain_where_most_stages_keep_theirs() -> None:
+    nodes = hosts(a_1_1=1, a_1_2=2, a_1_3=1, b_1_1=2)
+    found = planned(nodes, 4, current={0: "a-1-1", 1: "b-1-1", 2: "b-1-1", 3: "a-1-3"})
+    assert found.nodes == ("a-1-1", "a-1-2", "a-1-2", "a-1-3")
+
+
 def test_a_node_that_is_gone_or_refuses_holds_nothing() -> None:
     cordoned = host("a-1-1", 4, taints=(Taint(UNSCHEDULABLE, "", "NoSchedule"),))
     found = planned([cordoned, host("a-1-2", 4)], 2, current={0: "a-1-1", 1: "gone"})

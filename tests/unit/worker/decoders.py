@@ -1,11 +1,14 @@
 """Small decoders of the transformers library with random weights, as files and as what a split must reproduce."""
 
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -78,6 +81,27 @@ def save(config: PreTrainedConfig, directory: Path, shard: str = "50GB") -> PreT
 def layered(directory: Path, context: int = CONTEXT) -> HuggingFaceModel:
     """The model of a directory as layers."""
     return HuggingFaceModel(HuggingFace(path=str(directory), context=context))
+
+
+_SHARED = tempfile.TemporaryDirectory(prefix="decoders-")
+"""Removed when the tests end."""
+
+
+@cache
+def shared(name: str) -> tuple[Path, HuggingFaceModel]:
+    """A model of CONFIGS, made once for all tests, and its directory; neither is changed by anyone."""
+    directory = Path(_SHARED.name) / name
+    save(CONFIGS[name], directory)
+    return directory, layered(directory)
+
+
+def whole_of(directory: Path) -> PreTrainedModel:
+    """The model of a directory as transformers alone loads it, ready to train."""
+    whole, found = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    model: PreTrainedModel = whole.train()
+    return model
 
 
 def untie(model: PreTrainedModel) -> PreTrainedModel:

@@ -24,7 +24,9 @@ from tests.unit.worker.decoders import (
     gradients_of_whole,
     layered,
     save,
+    shared,
     untie,
+    whole_of,
 )
 
 LAYERS = BLOCKS + 2
@@ -78,8 +80,9 @@ def assert_same(one: Gradients, other: Gradients) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_any_cut_has_logits_loss_and_gradients_of_the_whole_model(name: str, tmp_path: Path) -> None:
-    whole = untie(save(CONFIGS[name], tmp_path))
+def test_any_cut_has_logits_loss_and_gradients_of_the_whole_model(name: str) -> None:
+    directory, model = shared(name)
+    whole = untie(whole_of(directory))
     expected_logits, expected_losses = [], []
     for tokens, positions, targets in batches(3):
         output = whole(
@@ -94,7 +97,6 @@ def test_any_cut_has_logits_loss_and_gradients_of_the_whole_model(name: str, tmp
         expected_logits.append(output.logits)
         expected_losses.append(output.loss.item())
 
-    model = layered(tmp_path)
     assert model.names == ("embedding", *(f"layers.{index}" for index in range(BLOCKS)), "head")
     assert bool(model.ties) == CONFIGS[name].tie_word_embeddings
     for cuts in CUTS:
@@ -107,9 +109,8 @@ def test_any_cut_has_logits_loss_and_gradients_of_the_whole_model(name: str, tmp
 
 
 @pytest.mark.parametrize("name", ["Llama tied", "GPT-2"])
-def test_shapes_costs_and_ties_are_those_of_the_layers(name: str, tmp_path: Path) -> None:
-    whole = save(CONFIGS[name], tmp_path)
-    model = layered(tmp_path)
+def test_shapes_costs_and_ties_are_those_of_the_layers(name: str) -> None:
+    directory, model = shared(name)
     (chunk,) = build(model, (0, LAYERS))
     assert [cost.parameters for cost in model.costs] == [
         sum(parameter.numel() for parameter in layer.parameters()) for layer in chunk.layers.values()
@@ -125,7 +126,7 @@ def test_shapes_costs_and_ties_are_those_of_the_layers(name: str, tmp_path: Path
     last = chunk.layers[tie.last_layer].get_parameter(tie.last_parameter)
     assert torch.equal(first, last)
     assert first.data_ptr() != last.data_ptr()
-    assert torch.equal(first, whole.get_input_embeddings().weight)
+    assert torch.equal(first, whole_of(directory).get_input_embeddings().weight)
     tokens, positions, _ = next(batches(1))
     assert tokens.shape == model.inputs(2).shape
     assert model.build(range(3), seed=0)(tokens, positions).shape == model.hidden(2).shape
@@ -171,10 +172,8 @@ def wrapped(chunk: Chunk, wrap: Callable[[int, Callable[..., Any]], Callable[...
     return chunk
 
 
-@pytest.mark.parametrize("name", ["Gemma 3", "GPT-2"])
-def test_each_layers_forward_is_called_once_and_compiles_to_one_graph(name: str, tmp_path: Path) -> None:
-    save(CONFIGS[name], tmp_path)
-    model = layered(tmp_path)
+def test_each_layers_forward_is_called_once_and_compiles_to_one_graph() -> None:
+    _, model = shared("Gemma 3")
     _, _, expected = train(model, build(model, CUTS[0]), microbatches=2)
 
     calls: list[int] = []
@@ -194,9 +193,8 @@ def test_each_layers_forward_is_called_once_and_compiles_to_one_graph(name: str,
     assert_same(gradients, expected)
 
 
-def test_no_hidden_state_outlives_its_pass(tmp_path: Path) -> None:
-    save(CONFIGS["Llama"], tmp_path)
-    chunk = layered(tmp_path).build(range(2, 4), seed=0)
+def test_no_hidden_state_outlives_its_pass() -> None:
+    chunk = shared("Llama")[1].build(range(2, 4), seed=0)
     hidden = torch.randn(1, CONTEXT, 32)
     with torch.no_grad():
         passed_on = chunk(hidden, torch.arange(CONTEXT)[None])

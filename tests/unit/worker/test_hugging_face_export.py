@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM
 
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.models.hugging_face import HuggingFaceModel
 from pipelinejob_worker.models.hugging_face.export import export, main
 from pipelinejob_worker.protocol import ExitCode
 from pipelinejob_worker.state.checkpoint import CheckpointStore, Written
-from tests.unit.worker.decoders import CONFIGS, batches, layered, save
+from tests.unit.worker.decoders import CONFIGS, batches, layered, save, shared, whole_of
 
 TOKENIZER = '{"version": "1.0"}'
 STEP = 7
@@ -44,9 +43,7 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def logits_of(directory: Path) -> torch.Tensor:
-    whole, found = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
-    assert not found["missing_keys"]
-    assert not found["unexpected_keys"]
+    whole = whole_of(directory)
     assert whole.dtype == torch.float32
     tokens, positions, _ = next(batches(1))
     with torch.no_grad():
@@ -56,12 +53,11 @@ def logits_of(directory: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_exported_model_reloads_with_every_bit_and_the_original_names(name: str, tmp_path: Path) -> None:
-    save(CONFIGS[name], tmp_path / "model")
-    (tmp_path / "model/tokenizer.json").write_text(TOKENIZER)
-    model = layered(tmp_path / "model")
+    directory, model = shared(name)
+    (directory / "tokenizer.json").write_text(TOKENIZER)
     state, logits = trained(model)
     export(model, state.__getitem__, tmp_path / "exported")
-    before, after = stored(tmp_path / "model"), stored(tmp_path / "exported")
+    before, after = stored(directory), stored(tmp_path / "exported")
     assert after.keys() == before.keys()
     assert not any(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(logits_of(tmp_path / "exported"), logits)
@@ -79,8 +75,7 @@ def test_a_model_of_half_precision_is_exported_in_the_precision_of_training(tmp_
 
 
 def test_an_export_is_whole_or_not_there(tmp_path: Path) -> None:
-    save(CONFIGS["Llama tied"], tmp_path / "model")
-    model = layered(tmp_path / "model")
+    _, model = shared("Llama tied")
     state, _ = trained(model)
     output = tmp_path / "exports/first"
 
@@ -124,28 +119,24 @@ def checkpoint(directory: Path, model: HuggingFaceModel, state: State, parts: in
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_checkpoint_is_exported_by_a_command(parts: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(CONFIGS["Qwen 3"], tmp_path / "model")
-    save(CONFIGS["Llama"], tmp_path / "other")
-    model = layered(tmp_path / "model")
+    directory, model = shared("Qwen 3")
     state, logits = trained(model)
     step = checkpoint(tmp_path / "checkpoints", model, state, parts)
 
-    def run(model_path: str, output: str) -> int:
-        return main(
-            ["--checkpoint", str(step), "--model", str(tmp_path / model_path), "--output", str(tmp_path / output)]
-        )
+    def run(model_directory: Path, output: str) -> int:
+        return main(["--checkpoint", str(step), "--model", str(model_directory), "--output", str(tmp_path / output)])
 
-    assert run("model", "exported") == 0
+    assert run(directory, "exported") == 0
     assert f"step {STEP} of huggingFace qwen3" in capsys.readouterr().out
     assert torch.equal(logits_of(tmp_path / "exported"), logits)
 
-    assert run("other", "wrong") == ExitCode.CONFIGURATION
+    assert run(shared("Llama")[0], "wrong") == ExitCode.CONFIGURATION
     assert "is of 'huggingFace qwen3" in capsys.readouterr().err
 
     damaged = next(step.glob("layers.1.*"))
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    assert run("model", "damaged") == ExitCode.CONFIGURATION
+    assert run(directory, "damaged") == ExitCode.CONFIGURATION
     assert "SHA-256 is not that of the manifest" in capsys.readouterr().err
     assert not (tmp_path / "damaged").exists()

@@ -28,7 +28,7 @@ from transformers import (
 
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.models.hugging_face.repository import Repository
-from tests.unit.worker.decoders import CONFIGS, MODERN, layered, save
+from tests.unit.worker.decoders import CONFIGS, MODERN, layered, save, shared
 
 INDEX = "model.safetensors.index.json"
 
@@ -66,12 +66,10 @@ def test_a_file_without_own_tensors_is_not_needed(tmp_path: Path) -> None:
 
 
 def test_models_are_told_apart_by_their_configuration_and_not_by_their_place(tmp_path: Path) -> None:
-    save(CONFIGS["Llama"], tmp_path / "one")
-    save(CONFIGS["Llama"], tmp_path / "two").to(torch.bfloat16).save_pretrained(tmp_path / "two")
-    save(CONFIGS["Mistral"], tmp_path / "three")
-    one, two, three = (layered(tmp_path / name).fingerprint for name in ("one", "two", "three"))
-    assert one == two != three
-    assert layered(tmp_path / "one", context=8).fingerprint != one
+    one, other = shared("Llama")[1].fingerprint, shared("Mistral")[1].fingerprint
+    save(CONFIGS["Llama"], tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert layered(tmp_path).fingerprint == one != other
+    assert layered(tmp_path, context=8).fingerprint != one
 
 
 REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {

@@ -1,5 +1,7 @@
 """Before training on packed documents, each stage proves on its layers that no document sees another."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import BloomConfig, GptOssConfig, PreTrainedConfig
@@ -7,7 +9,7 @@ from transformers import BloomConfig, GptOssConfig, PreTrainedConfig
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.models import LayeredModel, check_packing, model_of
 from pipelinejob_worker.protocol import Model, Preset
-from tests.unit.worker.decoders import CONFIGS, MODERN, SPECIAL, VOCABULARY, layered, save
+from tests.unit.worker.decoders import CONFIGS, MODERN, SPECIAL, VOCABULARY, layered, save, shared
 
 CPU = torch.device("cpu")
 PARTS = [range(2), range(2, 5), range(5, 7)]
@@ -19,10 +21,8 @@ def gpt(*, documents: bool) -> LayeredModel:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_chunks_of_known_decoders_pass(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    directory = tmp_path_factory.mktemp("model")
-    save(CONFIGS[name], directory)
-    model = layered(directory)
+def test_chunks_of_known_decoders_pass(name: str) -> None:
+    _, model = shared(name)
     assert model.separates_documents
     for part in PARTS:
         chunk = model.build(part, seed=0)
@@ -52,11 +52,10 @@ LEAKS: dict[str, tuple[PreTrainedConfig, str]] = {
 
 @pytest.mark.parametrize(("config", "reason"), LEAKS.values(), ids=LEAKS)
 def test_a_decoder_whose_documents_see_each_other_is_refused(
-    config: PreTrainedConfig, reason: str, tmp_path_factory: pytest.TempPathFactory
+    config: PreTrainedConfig, reason: str, tmp_path: Path
 ) -> None:
-    directory = tmp_path_factory.mktemp("model")
-    save(config, directory)
-    model = layered(directory)
+    save(config, tmp_path)
+    model = layered(tmp_path)
     for part in PARTS[:2]:
         with pytest.raises(ConfigurationError, match=f"^spec.train.data.packing: .*{reason}.*; allowed: Stream"):
             check_packing(model, model.build(part, seed=0), CPU)

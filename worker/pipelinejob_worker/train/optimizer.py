@@ -73,16 +73,16 @@ class StageOptimizer:
             layer.zero_grad(set_to_none=True)
 
     def layer_state(self, index: int) -> dict[str, torch.Tensor]:
-        """Return ``weight.<parameter>`` and ``<moment>.<parameter>`` of a layer's owned parameters, on the CPU.
+        """Return ``weight.<parameter>`` and ``<moment>.<parameter>`` of a layer's owned parameters.
 
-        What is on the CPU already is the live tensor: copy it if it shall outlive the next step.
+        They are the live tensors: copy what shall outlive the next step.
         """
         state: dict[str, torch.Tensor] = {}
         for name, parameter in self._layers[index].named_parameters():
             if (index, name) in self._owned:
-                state[f"weight.{name}"] = parameter.detach().cpu()
+                state[f"weight.{name}"] = parameter.detach()
                 for moment, tensor in self._moments_of(parameter).items():
-                    state[f"{moment}.{name}"] = tensor.cpu()
+                    state[f"{moment}.{name}"] = tensor
         return state
 
     def load_layer_state(self, index: int, state: Mapping[str, torch.Tensor], updates: int) -> None:

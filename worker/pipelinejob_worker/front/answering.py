@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from pipelinejob_worker.front.account import ACCOUNT
 from pipelinejob_worker.front.dispatcher import Dispatcher
 from pipelinejob_worker.front.generation import Generation
 from pipelinejob_worker.front.metrics import Metrics
@@ -115,11 +116,12 @@ class Answering:
             async for index, piece in self._pieces(job):
                 if not response.prepared:
                     await self._open(job, response, with_usage)
-                await self._send(job, response, job.envelope.chunk([self._delta(job, index, piece)], None, with_usage))
+                delta = job.envelope.shape.delta(index, piece)
+                await self._send(job, response, job.envelope.chunk([delta], None, with_usage))
         except ApiError as error:
             if not response.prepared:
                 raise
-            job.request["outcome"] = error.code
+            job.request[ACCOUNT].outcome = error.code
             await self._send(job, response, error.body())
         else:
             if with_usage:
@@ -133,9 +135,6 @@ class Answering:
         for index, work in enumerate(job.works):
             if (opening := job.envelope.shape.opening(index, work.echo)) is not None:
                 await self._send(job, response, job.envelope.chunk([opening], None, with_usage))
-
-    def _delta(self, job: Job, index: int, piece: Piece) -> Object:
-        return job.envelope.shape.delta(index, piece)
 
     async def _pieces(self, job: Job) -> AsyncIterator[tuple[int, Piece]]:
         """Yield the pieces of all choices as they come; those that came while the client did not read, as one."""

@@ -14,6 +14,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 
+from pipelinejob_worker.front.account import ACCOUNT, Account
 from pipelinejob_worker.front.answering import Answering
 from pipelinejob_worker.front.chat import ChatTemplate
 from pipelinejob_worker.front.dispatcher import Dispatcher
@@ -112,7 +113,7 @@ class Api:
             return await self._answering.whole(job)
         finally:
             self._answering.end(job)
-            request["usage"] = job.usage()
+            request[ACCOUNT].usage = job.usage()
 
     @asynccontextmanager
     async def _body(self, request: web.Request) -> AsyncIterator[bytes]:
@@ -204,10 +205,10 @@ class Api:
     async def _in_shape(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Name the request, answer errors in OpenAI's shape, and write one line about what was asked of the API."""
         given = request.headers.get(REQUEST_ID, "")
-        request["id"] = given if _USABLE_ID.fullmatch(given) else uuid.uuid4().hex
+        account = request[ACCOUNT] = Account(given if _USABLE_ID.fullmatch(given) else uuid.uuid4().hex)
         started = time.monotonic()
         status = _CLIENT_GONE
-        with structlog.contextvars.bound_contextvars(request_id=request["id"]):
+        with structlog.contextvars.bound_contextvars(request_id=account.request_id):
             try:
                 response = await self._answered(request, handler)
                 status = response.status
@@ -231,27 +232,27 @@ class Api:
         except Exception:
             log.exception("the request failed")
             found = failed("The server failed; its log has the details under this request's id.")
-        request["outcome"] = found.code
+        request[ACCOUNT].outcome = found.code
         return web.json_response(found.body(), status=found.status, headers=found.headers)
 
     async def _finish_headers(self, request: web.Request, response: web.StreamResponse) -> None:
-        if "id" in request:
-            response.headers[REQUEST_ID] = request["id"]
+        if ACCOUNT in request:  # not where aiohttp itself refuses what is no HTTP
+            response.headers[REQUEST_ID] = request[ACCOUNT].request_id
         if self.draining:
             response.force_close()
             response.headers["Connection"] = "close"
 
     def _record(self, request: web.Request, status: int, seconds: float) -> None:
-        resource = request.match_info.route.resource
+        account, resource = request[ACCOUNT], request.match_info.route.resource
         self._metrics.requests.labels(resource.canonical if resource else "unknown", str(status)).inc()
         log.info(
             "request",
             method=request.method,
             path=request.path[:200],
             status=status,
-            outcome=request.get("outcome", "ok" if status < 400 else "client_gone"),
+            outcome=account.outcome or ("ok" if status < 400 else "client_gone"),
             seconds=round(seconds, 3),
-            **request.get("usage", {}),
+            **account.usage,
         )
 
 

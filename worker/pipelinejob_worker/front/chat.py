@@ -39,7 +39,7 @@ class ChatTemplate:
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
         try:
             return self._template.render({**self._special_tokens, **arguments, **given})
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
             raise invalid("messages", f"The model's chat template refuses the messages: {error}") from error
 
 

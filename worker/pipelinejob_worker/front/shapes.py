@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from pipelinejob_worker.front.transcript import Piece, Score
 
 Object = dict[str, Any]
+"""A JSON object."""
 
 
 class Shape(Protocol):

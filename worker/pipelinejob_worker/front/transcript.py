@@ -1,12 +1,14 @@
 """What clients get of one choice: its text, scores and end, piece by piece as tokens come."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from pipelinejob_worker.front.generation import Generation
 from pipelinejob_worker.front.tokenizer import Tokenizer
-from pipelinejob_worker.serve.text import CONTEXT_TOKENS, IncrementalText, StopText
+from pipelinejob_worker.serve.text import REPLACEMENT, IncrementalText, StopText
 from pipelinejob_worker.serve.wire import Token
+
+_CONTEXT_TOKENS = 6
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Transcript:
         self._generation = generation
         self._tokenizer = tokenizer
         self._text = IncrementalText(tokenizer.decode)
-        for token_id in generation.prompt[-CONTEXT_TOKENS:]:  # whether the first word begins with a space
+        for token_id in _context(generation.prompt, tokenizer):
             self._text.add(token_id)
         self._stop = StopText(generation.stop)
         self._offset = offset
@@ -81,6 +83,15 @@ class Transcript:
     def _score(self, token: Token, logprob: float) -> Score:
         found = (Score(self._tokenizer.token_bytes(one.token_id), one.logprob) for one in token.top_logprobs)
         return Score(self._tokenizer.token_bytes(token.token_id), logprob, self._offset, tuple(found))
+
+
+def _context(prompt: Sequence[int], tokenizer: Tokenizer) -> Sequence[int]:
+    """Return the end of the prompt: on it depends whether an answer's first word begins with a space.
+
+    It begins with a whole character, if there is one near.
+    """
+    ends = [prompt[-count:] for count in range(_CONTEXT_TOKENS, 0, -1)]
+    return next((end for end in ends if not tokenizer.decode(end).startswith(REPLACEMENT)), ends[0])
 
 
 def joined(pieces: Iterable[Piece]) -> Piece:

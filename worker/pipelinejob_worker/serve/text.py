@@ -7,11 +7,8 @@ Decode = Callable[[Sequence[int]], str]
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
-CONTEXT_TOKENS = 6
-"""Tokens decoded before a new one, so that the tokenizer treats it as inside a text (leading spaces, merges)."""
-
-WINDOW_TOKENS = 32
-"""Most tokens decoded at a time, so that a token costs the same however long the text is."""
+HELD_TOKENS = 32
+"""Most tokens without text, so that a token costs the same however much a model writes that is no text."""
 
 
 class IncrementalText:
@@ -23,24 +20,32 @@ class IncrementalText:
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
-        self._window: list[int] = []
-        self._told = 0
-        """Characters of the window's text that have been returned."""
+        self._told: list[int] = []
+        """The tokens of the text that was returned last: a tokenizer treats what follows as inside a text (leading
+        spaces, merges). A cut elsewhere could fall within a character.
+        """
+        self._held: list[int] = []
+        """Tokens since then. While their text ends with a replacement, more bytes may change all of it: tokenizers
+        that fall back to bytes take a whole run of bytes for broken until its last character is complete.
+        """
 
     def add(self, token: int) -> str:
         """Take the next token; return the text that is certain now and was not before, perhaps none."""
-        self._window.append(token)
-        # An unfinished character is the last one and comes out as one replacement.
-        certain = self._decode(self._window).removesuffix(REPLACEMENT)
-        new, self._told = certain[self._told :], len(certain)
-        if len(self._window) == WINDOW_TOKENS:
-            self._window = self._window[-CONTEXT_TOKENS:]
-            self._told = len(self._decode(self._window).removesuffix(REPLACEMENT))
-        return new
+        self._held.append(token)
+        text = self._new()
+        return "" if text.endswith(REPLACEMENT) and len(self._held) < HELD_TOKENS else self._tell(text)
 
     def rest(self) -> str:
         """Return what was held back, when no more tokens come."""
-        return self._decode(self._window)[self._told :]
+        return self._tell(self._new())
+
+    def _new(self) -> str:
+        return self._decode(self._told + self._held)[len(self._decode(self._told)) :]
+
+    def _tell(self, text: str) -> str:
+        if text:
+            self._told, self._held = self._held, []
+        return text
 
 
 class StopText:

@@ -1,0 +1,1 @@
+"""The front, against engines that speak the real protocol over real sockets."""

@@ -41,9 +41,10 @@ class Held(Wire):
     """A valid slot: a piece of the state after ``step`` steps, as incarnation ``written`` computed it."""
 
     piece: Piece
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, lt=1 << 48)
     written: Incarnation
-    size: int = Field(ge=0)
+    size: int = Field(ge=0, lt=1 << 48, description="Bytes of the payload.")
+    layers: int = Field(ge=1, le=MAX_LAYERS, description="Layers of the whole model.")
     copied: bool = Field(False, description="Whether it is the copy of another rank's piece.")
 
 

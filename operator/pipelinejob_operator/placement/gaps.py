@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from pipelinejob_operator.placement.chain import Counts, Tables
 from pipelinejob_operator.placement.topology import Path
-from pipelinejob_operator.placement.tree import Domain, build, shared_depth
+from pipelinejob_operator.placement.tree import Domain, build, distance, shared_depth
 
 
 def fill(
@@ -23,14 +23,15 @@ def fill(
     for end in ends:
         tables.open(end)
     inner = shared_depth(ends[0], ends[-1])
+    apart = distance(ends[0], ends[-1], weights)
     best: tuple[int, Domain] | None = None
     for depth in range(inner, -1, -1):
         domain = _find(root, ends[0][:depth])
         if domain is not None and domain.room >= size:
-            back = weights[depth] if len(ends) == 2 and depth < inner else 0
-            cost = tables.of(domain)[size] + back
+            cost = tables.of(domain)[size] + (weights[depth] if len(ends) == 2 and depth < inner else apart)
             best = (cost, domain) if best is None or cost < best[0] else best
-        if best is not None and depth > 0 and best[0] <= weights[depth - 1]:
+        # To go farther opens a domain across the next wider level, and crosses it again to come back.
+        if best is not None and depth > 0 and best[0] <= weights[depth - 1] * len(ends):
             break
     if best is None:
         return None

@@ -28,7 +28,7 @@ def test_a_way_between_two_ends_is_a_cheapest_one() -> None:
     left = 0
     for _ in range(1500):
         depth = random.randint(1, 3)
-        rooms = random_rooms(random, depth, 6)
+        rooms = {host: random.choice([room, 4 - room]) for host, room in random_rooms(random, depth, 6).items()}
         weights = sorted((random.choice([1, 1, 2, 3, 5]) for _ in range(depth)), reverse=True)
         size = random.randint(1, 4)
         ends = [random.choice(sorted(rooms)), random.choice(sorted(rooms))]
@@ -69,6 +69,22 @@ def test_the_bound_counts_the_fewest_domains_of_each_level() -> None:
     root = build({("z", "a", "1"): 2, ("z", "a", "2"): 1, ("z", "b", "1"): 1, ("y", "c", "1"): 1})
     assert [(bound, domain.path) for bound, domain in ranked(root, 0, 5, [100, 10, 1])] == [(100 + 10 + 1, ())]
     assert [(bound, domain.path) for bound, domain in ranked(root, 1, 4, [100, 10, 1])] == [(10 + 1, ("z",))]
+
+
+def test_a_way_leaves_a_rack_only_if_that_is_cheaper_with_the_way_back() -> None:
+    rooms = {("r", str(host)): 1 for host in range(4)} | {("s", "0"): 4}
+    ends = ("r", "8"), ("r", "9")
+    stay, leave = [host for host in rooms if host[0] == "r"], [("s", "0")] * 4
+    assert sorted(gaps.fill(rooms, 4, [3, 1], *ends)) == stay  # 5 links of 1, not 2 of 3
+    assert gaps.fill(rooms, 4, [2, 1], *ends) == leave  # 2 links of 2, not 5 of 1
+    assert set(gaps.fill(rooms, 2, [5, 3], *ends)) < set(stay)  # 3 links of 3, not 2 of 5
+    assert gaps.fill(rooms, 4, [3, 1], ends[0], None) == leave  # no way back: 1 link of 3, not 4 of 1
+
+
+def test_a_walk_puts_a_new_host_where_it_displaces_no_stage() -> None:
+    first, second, new = ("a", "1", "x"), ("a", "2", "y"), ("a", "2", "b")
+    held = {**dict.fromkeys(range(4), first), 4: second, 5: second}
+    assert walk({first: 4, new: 2, second: 2}, held) == [first] * 4 + [second] * 2 + [new] * 2
 
 
 def test_a_walk_holds_each_domain_in_one_piece_whatever_is_held() -> None:

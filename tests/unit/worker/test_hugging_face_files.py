@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from transformers import (
     BertConfig,
+    DeepseekV4Config,
     Gemma3Config,
     Gemma4TextConfig,
     LlamaConfig,
@@ -87,6 +88,10 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "inputs of single layers": (
         Gemma4TextConfig(**MODERN, hidden_size_per_layer_input=16, vocab_size_per_layer_input=96),
         "Gemma4ForCausalLM cannot be cut into stages: layer 0 reads more than its own parameters and one hidden state",
+    ),
+    "several streams": (
+        DeepseekV4Config(**MODERN, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2),
+        "DeepseekV4ForCausalLM cannot be cut into stages: its hidden state has 4 dimensions",
     ),
 }
 

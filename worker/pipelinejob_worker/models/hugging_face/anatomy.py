@@ -187,6 +187,10 @@ class _Trace:
                 raise IndivisibleError(f"layer {index} is call {self._calls}; allowed: each once, in order")
             hidden = hidden_of(arguments, keywords)
             if index == 0:
+                if hidden.dim() != 3:
+                    raise IndivisibleError(
+                        f"its hidden state has {hidden.dim()} dimensions; allowed: samples, tokens and width"
+                    )
                 self.embedding, self.width = _leaves(hidden), hidden.shape[-1]
                 self._marks.append(self._counter.get_total_flops())
             elif hidden is not self._received:

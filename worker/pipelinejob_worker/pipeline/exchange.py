@@ -53,6 +53,8 @@ class Exchange:
     def receive(self, action: Action) -> list[torch.Tensor]:
         """Wait for the message that ``action`` needs: a hidden state (and positions), or a gradient."""
         peer = self._routes.receives[action]
+        while action not in self._posted:  # messages that are used later have come before it
+            self._post(peer)
         with self._timeline.measure(Activity.WAITING, action.microbatch, action.chunk):
             parts = self._posted.pop(action)
             for work, _ in parts:

@@ -185,42 +185,68 @@ def _interleaved(stages: int, chunks_per_stage: int, microbatches: int, backward
 
 
 class _Clockwork:
-    """A run of all stages in which every pass takes one tick: decides orders by what would be ready when.
+    """A run of all stages, tick by tick, that decides their orders by what is ready when.
 
-    Weight parts wait in a queue; a stage has at most ``limit`` activations, from a forward to its weight part.
+    Each part of a pass takes one tick. The first chunk has no input gradient that anybody waits for, so its backward
+    pass is not split: whole, in two ticks, it waits for a gap as the weight parts of other chunks do.
     """
 
     def __init__(self, stage_of: Sequence[int], stages: int) -> None:
         self.last_chunk = len(stage_of) - 1
-        self.done: set[Action] = set()
+        self.now = 0
         self.live = [0] * stages
         self.pending: list[deque[Action]] = [deque() for _ in range(stages)]
         self.orders: list[list[Action]] = [[] for _ in range(stages)]
+        self._free_at = [0] * stages
+        self._finished: dict[Action, int] = {}
+
+    @property
+    def ticks(self) -> int:
+        """When the last stage is free."""
+        return max(self._free_at)
 
     def ready(self, action: Action) -> bool:
-        """Whether all that a forward or an input part needs has been computed in an earlier tick."""
+        """Whether all that a forward pass or an input part needs is there."""
         kind, microbatch, chunk = action
         if kind == Pass.FORWARD:
-            return chunk == 0 or Action(kind, microbatch, chunk - 1) in self.done
-        return Action(Pass.FORWARD, microbatch, chunk) in self.done and (
-            chunk == self.last_chunk or Action(kind, microbatch, chunk + 1) in self.done
+            return chunk == 0 or self._is_finished(Action(kind, microbatch, chunk - 1))
+        return self._is_finished(Action(Pass.FORWARD, microbatch, chunk)) and (
+            chunk == self.last_chunk or self._is_finished(Action(kind, microbatch, chunk + 1))
         )
 
-    def tick(self, chosen: Sequence[Action | None]) -> bool:
-        """Run one action a stage, or a waiting weight part where none is chosen; whether anything was run."""
-        ran = [
-            (stage, action or (self.pending[stage].popleft() if self.pending[stage] else None))
-            for stage, action in enumerate(chosen)
-        ]
-        for stage, action in ran:
-            if action is None:
-                continue
-            self.orders[stage].append(action)
-            self.done.add(action)
-            self.live[stage] += {Pass.FORWARD: 1, Pass.WEIGHT: -1}.get(action.kind, 0)
-            if action.kind == Pass.INPUT:
-                self.pending[stage].append(action._replace(kind=Pass.WEIGHT))
-        return any(action for _, action in ran)
+    def run(self, choose: Callable[[int], Action | None], passes: int) -> "_Clockwork":
+        """Let the free stages run what ``choose`` returns, or a waiting weight part, until ``passes`` were chosen.
+
+        ``choose`` gives each forward pass and each input part once.
+        """
+        chosen = 0
+        while chosen < passes or any(self.pending):
+            before = chosen
+            for stage, free_at in enumerate(self._free_at):
+                if free_at > self.now:
+                    continue
+                while (action := choose(stage)) is not None:
+                    chosen += 1
+                    if action.kind == Pass.FORWARD or action.chunk:
+                        break
+                    self.pending[stage].append(action._replace(kind=Pass.BACKWARD))
+                if action is None and self.pending[stage]:
+                    action = self.pending[stage].popleft()
+                if action is not None:
+                    self._start(stage, action)
+            self.now += 1
+            assert chosen > before or self.ticks >= self.now, "all stages wait for each other"
+        return self
+
+    def _start(self, stage: int, action: Action) -> None:
+        self.orders[stage].append(action)
+        self._free_at[stage] = self._finished[action] = self.now + (2 if action.kind == Pass.BACKWARD else 1)
+        self.live[stage] += {Pass.FORWARD: 1, Pass.INPUT: 0}.get(action.kind, -1)
+        if action.kind == Pass.INPUT:
+            self.pending[stage].append(action._replace(kind=Pass.WEIGHT))
+
+    def _is_finished(self, action: Action) -> bool:
+        return self._finished.get(action, self.now + 1) <= self.now
 
 
 def _fill_with_weights(orders: Sequence[Order], stage_of: Sequence[int], limit: int) -> list[Order]:
@@ -235,51 +261,36 @@ def _fill_with_weights(orders: Sequence[Order], stage_of: Sequence[int], limit: 
             return queue.popleft()
         return None
 
-    while clockwork.tick([choose(stage) for stage in range(len(orders))]):
-        pass
+    clockwork.run(choose, sum(len(order) for order in orders))
     return [tuple(order) for order in clockwork.orders]
 
 
 def _zero_bubble_v(stage_of: Sequence[int], stages: int, microbatches: int) -> list[Order]:
-    """The better of two limits of activations: that of 1F1B, and one microbatch more."""
-    candidates = [_greedy_v(stage_of, stages, microbatches, 2 * stages + extra) for extra in (0, 2)]
+    """The fastest of three limits of activations: that of 1F1B, and up to one microbatch more."""
+    candidates = [_greedy_v(stage_of, stages, microbatches, 2 * stages + extra) for extra in range(3)]
     return [tuple(order) for order in min(candidates, key=lambda candidate: candidate.ticks).orders]
 
 
-class _GreedyV(_Clockwork):
-    """Input parts first, then forwards, of the second chunk first, then weight parts."""
+def _greedy_v(stage_of: Sequence[int], stages: int, microbatches: int, limit: int) -> _Clockwork:
+    """Input parts first, then forward passes, of the second chunk first, then weight parts."""
+    clockwork = _Clockwork(stage_of, stages)
+    waiting = {
+        (kind, chunk): deque(Action(kind, microbatch, chunk) for microbatch in range(microbatches))
+        for kind in (Pass.INPUT, Pass.FORWARD)
+        for chunk in range(len(stage_of))
+    }
 
-    def __init__(self, stage_of: Sequence[int], stages: int, microbatches: int, limit: int) -> None:
-        super().__init__(stage_of, stages)
-        self.ticks = 0
-        self._limit = limit
-        self._stages = stages
-        self._next = {
-            (kind, chunk): deque(Action(kind, microbatch, chunk) for microbatch in range(microbatches))
-            for kind in (Pass.INPUT, Pass.FORWARD)
-            for chunk in range(len(stage_of))
-        }
-
-    def choose(self, stage: int) -> Action | None:
-        """Return the most urgent action that is ready, if any."""
-        down, up = stage, self.last_chunk - stage
+    def choose(stage: int) -> Action | None:
+        down, up = stage, clockwork.last_chunk - stage
         for kind, chunk in ((Pass.INPUT, down), (Pass.INPUT, up), (Pass.FORWARD, up), (Pass.FORWARD, down)):
             # The way down leaves room for one activation of the way up, or both would wait for ever.
-            room = kind == Pass.INPUT or self.live[stage] < self._limit - (chunk == down)
-            queue = self._next[kind, chunk]
-            if queue and room and self.ready(queue[0]):
+            room = kind == Pass.INPUT or clockwork.live[stage] < limit - (chunk == down)
+            queue = waiting[kind, chunk]
+            if queue and room and clockwork.ready(queue[0]):
                 return queue.popleft()
         return None
 
-    def run(self) -> "_GreedyV":
-        """Run to the end."""
-        while self.tick([self.choose(stage) for stage in range(self._stages)]):
-            self.ticks += 1
-        return self
-
-
-def _greedy_v(stage_of: Sequence[int], stages: int, microbatches: int, limit: int) -> _GreedyV:
-    return _GreedyV(stage_of, stages, microbatches, limit).run()
+    return clockwork.run(choose, sum(len(queue) for queue in waiting.values()))
 
 
 def _dual_pipe_v(stage: int, stages: int, microbatches: int) -> Order:
@@ -291,11 +302,15 @@ def _dual_pipe_v(stage: int, stages: int, microbatches: int) -> Order:
     counts = {(kind, side): 0 for kind in (Pass.FORWARD, Pass.BACKWARD) for side in (0, 1)}
 
     def run(kind: Pass, side: int, *, split: bool = False) -> None:
-        microbatch = counts[kind, side]
+        action = Action(kind, counts[kind, side], chunks[side])
         counts[kind, side] += 1
-        order.append(Action(Pass.INPUT if split else kind, microbatch, chunks[side]))
-        if split:
-            weights.append(Action(Pass.WEIGHT, microbatch, chunks[side]))
+        if not split:
+            order.append(action)
+        elif action.chunk:
+            order.append(action._replace(kind=Pass.INPUT))
+            weights.append(action._replace(kind=Pass.WEIGHT))
+        else:  # nobody waits for the gradient of the tokens
+            weights.append(action)
 
     for _ in range(2 * before):
         run(Pass.FORWARD, 0)

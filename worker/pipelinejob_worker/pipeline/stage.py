@@ -86,7 +86,6 @@ class _Forward:
     received: torch.Tensor | None
     root: GradientEdge | torch.Tensor
     weight_groups: list[dict[str, Any]] | None = None
-    gradient: torch.Tensor | None = None
 
 
 class StageChunk:
@@ -134,11 +133,9 @@ class StageChunk:
         return kept.received.grad if kept.received is not None else None
 
     def backward_input(self, microbatch: int, gradient: torch.Tensor | None) -> torch.Tensor | None:
-        """Return the gradient of the input only; the first chunk has none and leaves all to ``backward_weight``."""
+        """Return the gradient of the input only; ``backward_weight`` has to follow. Not for the first chunk."""
         kept = self._kept[microbatch]
-        if kept.received is None:
-            kept.gradient = gradient
-            return None
+        assert kept.received is not None
         gradients, kept.weight_groups = stage_backward_input(
             [kept.root], None if gradient is None else [gradient], [kept.received], self._weights()
         )
@@ -146,12 +143,9 @@ class StageChunk:
 
     def backward_weight(self, microbatch: int) -> None:
         """Add to the weights' gradients what ``backward_input`` has left."""
-        kept = self._kept[microbatch]
-        if kept.weight_groups is None:
-            self.backward(microbatch, kept.gradient)
-        else:
-            stage_backward_weight(self._weights(), kept.weight_groups)
-            del self._kept[microbatch]
+        kept = self._kept.pop(microbatch)
+        assert kept.weight_groups is not None
+        stage_backward_weight(self._weights(), kept.weight_groups)
 
     def _weights(self) -> Iterator[nn.Parameter]:
         return (weight for weight in self.module.parameters() if weight.requires_grad)

@@ -287,6 +287,8 @@ class SlotStore:
             room = os.fstat(descriptor).st_size - PAGE
         finally:
             os.close(descriptor)
+        if len(data) < _HEADER.size:
+            return None
         magic, valid, step, epoch, attempt, size, layers, checksum = _HEADER.unpack(data)
         if magic != _MAGIC or valid != 1 or size > room:
             return None

@@ -8,7 +8,7 @@ import pytest
 from pipelinejob_worker.recovery.pieces import Incarnation
 from tests.unit.worker.recovery.model import Memory, World
 
-SEEDS = range(12)
+SEEDS = range(8)
 
 
 def placements(stages: int, rng: random.Random) -> list[list[int]]:

@@ -142,9 +142,10 @@ def test_a_whole_backward_is_measured_as_one() -> None:
     assert (cost.forward_seconds, cost.input_seconds, cost.weight_seconds) == (exactly(0.080), exactly(0.160), 0.0)
 
 
-def test_the_first_layer_has_no_gradient_of_its_input() -> None:
-    cost = forked.call(cost_of, gpt(), 0, training("ZBVZeroBubble", 2))
-    assert cost.input_seconds < cost.weight_seconds
+def test_the_backward_of_the_first_layer_is_never_split() -> None:
+    """Nobody waits for the gradient of tokens."""
+    cost = forked.call(virtual_cost_of, 0, training("ZBVZeroBubble", 2))
+    assert (cost.forward_seconds, cost.input_seconds, cost.weight_seconds) == (exactly(0.020), exactly(0.040), 0.0)
 
 
 def test_memory_is_that_of_the_weights_and_of_what_the_backward_needs() -> None:

@@ -205,7 +205,7 @@ class _Layer:
         self._targets = torch.randint(model.vocabulary, tokens.shape, device=device)
         self._positions = torch.arange(tokens.shape[1], device=device).expand(tokens.shape)
         self._gradient = None if last else torch.ones(hidden.shape, dtype=hidden.dtype, device=device)
-        self._splits = train.schedule.name in SPLITS_BACKWARD
+        self._splits = train.schedule.name in SPLITS_BACKWARD and index > 0  # nobody waits for the gradient of tokens
 
     def run(self) -> tuple[float, float, float]:
         """Seconds of the forward pass and of the two parts of the backward pass; a whole one is in the first part."""

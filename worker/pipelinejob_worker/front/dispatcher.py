@@ -68,7 +68,7 @@ class Dispatcher:
         """
         count, held = len(self._place), sum(one.held_tokens for one in self._place)
         more = sum(one.held_tokens for one in generations)
-        if count + len(generations) > self._limits.requests or (held and held + more > self._limits.held_tokens):
+        if count + len(generations) > self._limits.requests or held + more > self._limits.held_tokens:
             if not self.engines:
                 raise unavailable("The model is recovering, and the queue is full; try again later.")
             raise overloaded(f"{count} choices with {held} tokens are waiting or running; try again later.")
@@ -82,6 +82,12 @@ class Dispatcher:
         if pipeline is not None:
             self.engines[pipeline].send(Cancel(request_id=generation.request_id))
         self._forget(generation)
+
+    def give_up(self) -> None:
+        """End all that is under way, as this front is about to stop; clients are to ask another one."""
+        for generation in list(self._place):
+            self.release(generation)
+            generation.fail(unavailable("This server stops; ask again.", retry_after=1))
 
     def ready(self, pipeline: int, ready: Ready, send: Send, now: float) -> None:
         """An engine can take requests; ``send`` hands it messages and never blocks.

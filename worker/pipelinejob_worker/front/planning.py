@@ -43,7 +43,7 @@ class Planner:
             allowed = self._room("prompt", ids, body.max_tokens, "max_tokens", bounds)
             text = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
             found += self._choices(body, ids, allowed, body.logprobs, text if body.echo else "")
-        return found
+        return self._bounded(found)
 
     def chat(self, body: ChatRequest, bounds: Ready) -> list[Choice]:
         """Return the choices of a chat. Raises ApiError."""
@@ -57,11 +57,27 @@ class Planner:
         wanted = body.max_completion_tokens or body.max_tokens
         name = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
         allowed = self._room("messages", ids, wanted, name, bounds)
-        return self._choices(body, ids, allowed, (body.top_logprobs or 0) if body.logprobs else None, "")
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        return self._bounded(self._choices(body, ids, allowed, logprobs, ""))
 
     def _check_choices(self, prompts: int, n: int) -> None:
         if prompts * n > self._limits.choices:
             raise invalid("n", f"{prompts} prompts times n = {n} are more than {self._limits.choices} choices.")
+
+    def _bounded(self, choices: list[Choice]) -> list[Choice]:
+        """Refuse what is small to ask and large to hold, as every choice has its prompt."""
+        tokens = sum(len(choice.prompt) for choice in choices)
+        if tokens > self._limits.held_tokens:
+            raise too_long(
+                "n",
+                f"All choices together have {tokens} prompt tokens; at most {self._limits.held_tokens} are allowed.",
+            )
+        echoed = sum(len(choice.echo) for choice in choices)
+        if echoed > self._limits.body_bytes:
+            raise invalid(
+                "echo", f"All echoes have {echoed} characters; at most {self._limits.body_bytes} are allowed."
+            )
+        return choices
 
     def _room(self, param: str, ids: Sequence[int], wanted: int | None, name: str, bounds: Ready) -> int:
         """Return how many tokens may follow the prompt: as many as asked for, else as fit."""

@@ -19,6 +19,9 @@ log = structlog.get_logger()
 _KEEPALIVE_SECONDS = 75.0
 """Time that an idle connection, or one whose client has not sent its request's head, stays open."""
 
+_LAST_SECONDS = 1.0
+"""Time for clients to take their last words."""
+
 
 @asynccontextmanager
 async def serving(settings: Settings, limits: Limits) -> AsyncIterator[int]:
@@ -30,7 +33,11 @@ async def serving(settings: Settings, limits: Limits) -> AsyncIterator[int]:
     dispatcher = Dispatcher(limits)
     api = Api(settings, limits, tokenizer.load(settings), dispatcher)
     runner = web.AppRunner(
-        api.application(), access_log=None, handler_cancellation=True, keepalive_timeout=_KEEPALIVE_SECONDS
+        api.application(),
+        access_log=None,
+        handler_cancellation=True,
+        keepalive_timeout=_KEEPALIVE_SECONDS,
+        shutdown_timeout=_LAST_SECONDS,
     )
     await runner.setup()
     async with asyncio.TaskGroup() as group:
@@ -40,19 +47,27 @@ async def serving(settings: Settings, limits: Limits) -> AsyncIterator[int]:
             await site.start()
             yield runner.addresses[0][1]
             await site.stop()
-            await _drain(api, limits.drain_seconds)
+            await _drain(api, dispatcher, limits.drain_seconds)
         finally:
             connections.cancel()
             await runner.cleanup()
 
 
-async def _drain(api: Api, seconds: float) -> None:
+async def _drain(api: Api, dispatcher: Dispatcher, seconds: float) -> None:
+    """Let what is under way finish; tell those that are left when the time is over."""
     api.draining = True
-    log.info("draining", idle=api.idle.is_set())
-    with contextlib.suppress(TimeoutError):  # then those that are left are broken off
+    log.info("draining", unfinished=dispatcher.running + dispatcher.waiting)
+    if not await _idle(api, seconds):
+        log.warning("giving up", unfinished=dispatcher.running + dispatcher.waiting)
+        dispatcher.give_up()
+        await _idle(api, _LAST_SECONDS)
+
+
+async def _idle(api: Api, seconds: float) -> bool:
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await api.idle.wait()
-    log.info("drained", idle=api.idle.is_set())
+    return api.idle.is_set()
 
 
 def _check_token(settings: Settings) -> None:

@@ -27,7 +27,7 @@ class Limits(BaseModel):
     request_seconds: float = Field(600, gt=0, le=86_400, description="From a request's acceptance to its last token.")
     requests: int = Field(512, ge=1, le=100_000, description="Most choices that are waiting or running at a time.")
     held_tokens: int = Field(
-        1 << 20, ge=1, description="Most prompt and output tokens of these choices when another one is accepted."
+        1 << 20, ge=1, description="Most prompt tokens and output tokens of these choices when another one is accepted."
     )
     recovery_seconds: float = Field(
         60, gt=0, le=3600, description="How long an accepted request waits for an engine that can go on with it."

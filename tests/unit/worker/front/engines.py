@@ -24,8 +24,8 @@ Behaviour = Callable[["Engine", Submit, Say], Awaitable[None]]
 
 
 async def answer(engine: "Engine", submit: Submit, say: Say) -> None:
-    """Say the bytes of ``ANSWER``, or of what follows those emitted before, one a position."""
-    tokens = list(engine.answer.encode())
+    """Say the engine's answer, or what follows those emitted before, one token a position."""
+    tokens = engine.tokens
     for index in range(len(submit.emitted_token_ids), min(len(tokens), submit.max_tokens)):
         await engine.may_emit(index)
         say(token(engine, submit, index, tokens[index]))
@@ -52,20 +52,22 @@ class Engine:
         self,
         behaviour: Behaviour = answer,
         *,
-        answer: str = ANSWER,
         epoch: int = 1,
+        vocabulary: int = 256,
         context: int = 512,
         pause_at: int | None = None,
         others: int = 0,
         silent: bool = False,
     ) -> None:
-        self.behaviour, self.answer = behaviour, answer
-        self.epoch, self.context = epoch, context
+        self.behaviour = behaviour
+        self.tokens = list(ANSWER.encode())
+        self.epoch, self.vocabulary, self.context = epoch, vocabulary, context
         self.pause_at, self._resume = pause_at, asyncio.Event()
         self._others, self._silent = others, silent
         self.submissions: list[Submit] = []
         self.cancelled: list[str] = []
         self.connections = 0
+        self.paused = False
         self.happened = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._writers: set[asyncio.StreamWriter] = set()
@@ -104,6 +106,8 @@ class Engine:
     async def may_emit(self, index: int) -> None:
         """Wait where the test wants it."""
         if index == self.pause_at:
+            self.paused = True
+            self.happened.set()
             await self._resume.wait()
         await asyncio.sleep(0)
 
@@ -120,7 +124,7 @@ class Engine:
 
         self.connections += 1
         self._writers.add(writer)
-        say(Ready(epoch=self.epoch, vocabulary=256, context=self.context, deterministic=True))
+        say(Ready(epoch=self.epoch, vocabulary=self.vocabulary, context=self.context, deterministic=True))
         if not self._silent:
             say(self._stats())
         self.happened.set()

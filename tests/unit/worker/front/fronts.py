@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,12 @@ class Front:
         async with self.http.post(path, data=content, headers=headers, **options) as response:
             return response.status, response.headers, await response.json()
 
+    async def post_raw(self, content: Any, headers: dict[str, str]) -> tuple[int, Any, Any]:
+        """Post bytes or chunks exactly as they are."""
+        headers = {"Content-Type": "application/json"} | headers
+        async with self.http.post("/v1/completions", data=content, headers=headers) as response:
+            return response.status, response.headers, await response.json()
+
     async def get(self, path: str) -> tuple[int, str]:
         async with self.http.get(path) as response:
             return response.status, await response.text()
@@ -49,17 +55,19 @@ class Front:
     async def metric(self, name: str) -> float:
         """Value of a sample, by its name with labels."""
         _, text = await self.get("/metrics")
-        return next(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"{name} "))
+        return next((float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"{name} ")), 0.0)
 
     async def until_metric(self, name: str, value: float) -> None:
-        async with asyncio.timeout(10):
-            while await self.metric(name) != value:
-                await asyncio.sleep(0.01)
+        async def reached() -> bool:
+            return await self.metric(name) == value
+
+        await until(reached)
 
     async def until_ready(self) -> None:
-        async with asyncio.timeout(10):
-            while (await self.get("/readyz"))[0] != 200:
-                await asyncio.sleep(0.01)
+        async def ready() -> bool:
+            return (await self.get("/readyz"))[0] == 200
+
+        await until(ready)
 
     def follow(self, *engines: Engine) -> None:
         """Replace the file of engines."""
@@ -85,8 +93,21 @@ async def front(
             yield found
 
 
-async def until(condition: Any) -> None:
-    """Wait until the condition is true."""
+async def read(stream: Any, text: str) -> None:
+    """Read a stream as far as this text."""
+    found = ""
+    while found != text:
+        found += (await anext(stream)).choices[0].text
+        assert text.startswith(found)
+
+
+async def rest(stream: Any) -> str:
+    """Read the rest of a stream."""
+    return "".join([chunk.choices[0].text async for chunk in stream])
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Ask again and again, as what is asked has no other way to tell."""
     async with asyncio.timeout(10):
-        while not condition():
+        while not await condition():  # noqa: ASYNC110 - see above
             await asyncio.sleep(0.01)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,9 +21,7 @@ def on_ranks(ranks: int, function: Callable[..., Result], *arguments: Any) -> li
     What goes in and out is pickled: no tensors, whose memory would end with the process that made it.
     """
     port = forked.free_port()
-    with ThreadPoolExecutor(ranks) as threads:
-        calls = [threads.submit(forked.call, _join, rank, ranks, port, function, arguments) for rank in range(ranks)]
-        return [call.result() for call in calls]
+    return forked.call_all([(_join, rank, ranks, port, function, arguments) for rank in range(ranks)])
 
 
 def _join(rank: int, ranks: int, port: int, function: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:

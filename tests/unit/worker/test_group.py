@@ -1,6 +1,7 @@
 """Which errors mean that another stage is lost, told from those of this stage, with torch's real ones."""
 
 import socket
+import time
 
 import pytest
 import torch
@@ -69,3 +70,33 @@ def _exchange(port: int) -> tuple[list[list[int]], bool, bool]:
 
 def test_integers_of_64_bits_are_exchanged_exactly() -> None:
     assert forked.call(_exchange, forked.free_port()) == ([[2**62, -5]], True, False)
+
+
+def _work_together(membership: Membership, fails: bool) -> str:
+    def work() -> str:
+        if membership.stage == 1:
+            time.sleep(0.3)  # the work that takes long
+            if fails:
+                raise OSError("no such volume")
+        return f"done by {membership.stage}"
+
+    try:
+        with joined(membership, torch.device("cpu")) as group:
+            before = time.monotonic()
+            result = group.together(work)
+            return result if time.monotonic() - before > 0.2 else "did not wait"
+    except (OSError, PeerLostError) as error:
+        return type(error).__name__
+
+
+@pytest.mark.parametrize(
+    ("fails", "answers"), [(False, ["done by 0", "done by 1"]), (True, ["PeerLostError", "OSError"])]
+)
+def test_ranks_wait_for_long_work_of_another(monkeypatch: pytest.MonkeyPatch, fails: bool, answers: list[str]) -> None:
+    port = forked.free_port()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    members = [
+        Membership(epoch=1, action="Run", stage=stage, stages=2, master_address="127.0.0.1", master_port=port)
+        for stage in (0, 1)
+    ]
+    assert forked.call_all([(_work_together, member, fails) for member in members]) == answers

@@ -37,9 +37,7 @@ Counts = dict[Path, int]
 class Tables:
     """The tables f(D, k) for k up to ``size``, computed where they are needed."""
 
-    def __init__(
-        self, size: int, weights: Sequence[int], *, held: Mapping[Path, int] | None = None, opened: Path | None = None
-    ) -> None:
+    def __init__(self, size: int, weights: Sequence[int], held: Mapping[Path, int] | None = None) -> None:
         self._size = size
         self._held = held or {}
         self.unit = size + 1 if self._held else 1
@@ -47,8 +45,6 @@ class Tables:
         self._weights = [weight * self.unit for weight in weights]
         self._opened: set[Path] = set()
         self._special = {path[:depth] for path in self._held for depth in range(len(path) + 1)}
-        if opened is not None:
-            self.open(opened)
         self._tables: dict[Path, list[int]] = {}
 
     def open(self, host: Path) -> None:
@@ -191,7 +187,7 @@ def solve(
     All hosts lie in one domain of depth ``top``. Among equal costs most ``held`` stages have their host still, then
     small domains are taken before large ones. Sorted by path, the hosts are in an order that has this cost.
     """
-    tables = Tables(size, weights, held=held)
+    tables = Tables(size, weights, held)
     gain = tables.unit - 1
     best: tuple[int, Domain] | None = None
     for depth in range(len(weights), top - 1, -1):

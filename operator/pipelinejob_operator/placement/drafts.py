@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from pipelinejob_operator.placement import chain, gaps, order, packing, spread
+from pipelinejob_operator.placement.fit import Demand
 from pipelinejob_operator.placement.links import Shape, measure
 from pipelinejob_operator.placement.problem import Problem, Separation
 from pipelinejob_operator.placement.search import search
@@ -55,9 +56,14 @@ def around(problem: Problem, pinned: Mapping[int, Path], separation: Separation)
 
 
 def hardest_first(problem: Problem, domain: Path, separation: Separation) -> dict[int, Path]:
-    """Ranks with the fewest places first, each near to its neighbours. Holds the ranks up to the first that fails."""
+    """Ranks with the fewest places first, each near to its neighbours; without those that find no place."""
     placed = dict(problem.keep)
-    packing.one_by_one(problem.task(separation), by_places(problem, domain), placed, problem.ledger(domain))
+    task, ledger = problem.task(separation), problem.ledger(domain)
+    failed: set[Demand] = set()
+    for rank in by_places(problem, domain):
+        demand = problem.demands[rank]
+        if demand not in failed and not packing.one_by_one(task, [rank], placed, ledger):
+            failed.add(demand)
     return placed
 
 
@@ -87,12 +93,12 @@ def _anywhere(problem: Problem, domain: Path, separation: Separation) -> dict[in
 
 
 def _anyhow(problem: Problem, separation: Separation) -> Iterator[Hosts]:
-    """What is found in each domain that must hold all stages, if need be by looking for any way at all."""
-    domains = sorted({host[: problem.top] for host in problem.free})
+    """What is found in each domain that may hold all stages, if need be by looking for any way at all."""
+    domains = ranked(build(problem.rooms_if_all(min)), problem.top, problem.shape.ranks, problem.weights)
     found = False
     for place in (hardest_first, _anywhere):
-        for domain in [] if found else domains:
-            placed = place(problem, domain, separation)
+        for _, domain in [] if found else domains:
+            placed = place(problem, domain.path, separation)
             if len(placed) == problem.shape.ranks:
                 found = True
                 yield _by_rank(placed)
@@ -120,13 +126,14 @@ def _chain(problem: Problem, separation: Separation) -> Iterator[Hosts]:
 def _chains(problem: Problem, separation: Separation) -> Iterator[Hosts]:
     """One long chain cut into strips, and chain after chain."""
     shape, rooms = problem.shape, problem.rooms(problem.demands[0])
+    counts = chain.solve(build(rooms), shape.ranks, problem.weights, top=problem.top)
+    if counts is None:
+        return iter(())
     drafts: list[Hosts] = []
     if separation == "Off":
-        counts = chain.solve(build(rooms), shape.ranks, problem.weights, top=problem.top)
-        if counts is not None:
-            line = order.walk(counts, {})
-            widths = [width for width in range(1, shape.pipelines + 1) if shape.pipelines % width == 0]
-            drafts += [_strips(line, shape, width) for width in widths]
+        line = order.walk(counts, {})
+        widths = [width for width in range(1, shape.pipelines + 1) if shape.pipelines % width == 0]
+        drafts += [_strips(line, shape, width) for width in widths]
     inside = _chain_by_chain(problem, rooms, separation)
     if inside is not None:
         drafts.append(inside)

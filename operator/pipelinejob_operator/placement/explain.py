@@ -56,14 +56,14 @@ def explain(nodes: Sequence[Node], problem: Problem) -> Infeasible:
 def _closest(problem: Problem, wanted: int) -> tuple[Path, int, Demand]:
     """The domain, of those that must hold all stages, that takes most; how many; and the demand that finds no place."""
     domains = sorted({host[: problem.top] for host in problem.keep.values() or problem.free} or {()})
+    # Unequal stages: where most would fit if all were as small as the smallest.
+    tree = build(problem.rooms_if_all(min))
+    rooms = {item.path: item.room for item in at_depth(tree, problem.top)}
+    domain = max(domains, key=lambda item: rooms.get(item, 0))
     if problem.equal:
-        demand = problem.demands[0]
-        rooms = {item.path: item.room for item in at_depth(build(problem.rooms(demand)), problem.top)}
-        domain = max(domains, key=lambda item: rooms.get(item, 0))
-        return domain, min(rooms.get(domain, 0), wanted), demand
-    placed = {domain: drafts.hardest_first(problem, domain, problem.separation) for domain in domains}
-    domain = max(domains, key=lambda item: len(placed[item]))
-    left = [rank for rank in drafts.by_places(problem, domain) if rank not in placed[domain]]
+        return domain, min(rooms.get(domain, 0), wanted), problem.demands[0]
+    placed = drafts.hardest_first(problem, domain, problem.separation)
+    left = [rank for rank in drafts.by_places(problem, domain) if rank not in placed]
     return domain, wanted - len(left), problem.demands[left[0]]
 
 

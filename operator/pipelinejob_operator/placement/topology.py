@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipelinejob_operator.placement.affinity import HOST_LEVEL
 from pipelinejob_operator.placement.fit import UNSCHEDULABLE, Node, Taint
-from pipelinejob_operator.placement.pods import Manifest, holds_room, node_of, requests
+from pipelinejob_operator.placement.pods import PORT_PREFIX, Manifest, holds_room, node_of, requests
 from pipelinejob_operator.placement.quantity import amount
 
 BASE = 10_000
@@ -149,7 +149,7 @@ def _node(manifest: Manifest, taken: Mapping[str, Mapping[str, int]]) -> Node:
     offered = {
         key: amount(key, value) for key, value in ((manifest.get("status") or {}).get("allocatable") or {}).items()
     }
-    ports = {key: 1 - count for key, count in used.items() if key.startswith("hostPort/")}
+    ports = {key: 1 - count for key, count in used.items() if key.startswith(PORT_PREFIX)}
     return Node(
         name=name,
         labels=metadata.get("labels") or {},

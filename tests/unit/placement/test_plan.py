@@ -183,7 +183,7 @@ def test_refused_nodes_are_counted_by_reason() -> None:
 def test_the_stage_that_fits_nowhere_is_named() -> None:
     head = Demand((("cpu", 64000), ("gpu", 1), ("pods", 1)))
     found = refused(hosts(a_1_1=2, a_1_2=2), [SMALL, SMALL, head])
-    assert found.message.startswith("stage 2: 0 of 3 stages fit: cpu is short by 64; ")
+    assert found.message.startswith("stage 2: 2 of 3 stages fit: cpu is short by 64; ")
 
 
 def test_no_nodes_at_all_is_an_answer_too() -> None:

@@ -21,6 +21,7 @@ from transformers import (
     DeepseekV4Config,
     Gemma3Config,
     Gemma4TextConfig,
+    GPT2Config,
     LlamaConfig,
     OPTConfig,
     PreTrainedConfig,
@@ -88,6 +89,10 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "inputs of single layers": (
         Gemma4TextConfig(**MODERN, hidden_size_per_layer_input=16, vocab_size_per_layer_input=96),
         "Gemma4ForCausalLM cannot be cut into stages: layer 0 reads more than its own parameters and one hidden state",
+    ),
+    "heads that do not divide the width": (
+        GPT2Config(n_embd=30, n_head=4, n_layer=1),
+        "GPT2LMHeadModel cannot be cut into stages: it cannot be built from its config.json (ValueError",
     ),
     "several streams": (
         DeepseekV4Config(**MODERN, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2),

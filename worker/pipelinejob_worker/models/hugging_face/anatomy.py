@@ -98,14 +98,13 @@ def dissect(architecture: type[PreTrainedModel], config: PreTrainedConfig, token
 
     ``tokens``: length of the sample whose operations are counted. Raises IndivisibleError.
     """
-    with torch.device("meta"):
-        model = architecture(with_plain_rotation(config))
+    model = build_on_meta(architecture, config)
     base = model.base_model
     if base is model:
-        raise IndivisibleError("the model is its own base model; allowed: a base model with a head")
+        raise IndivisibleError("the model is its own base model")
     name, layers = _layers(base, config.num_hidden_layers)
     if any(not parameter.requires_grad for parameter in model.parameters()):
-        raise IndivisibleError("some of its parameters do not train; allowed: parameters that all train")
+        raise IndivisibleError("some of its parameters do not train")
     takes_positions = "position_ids" in inspect.signature(architecture.forward).parameters
     trace = _Trace(model, layers)
     trace.run(tokens, takes_positions=takes_positions)
@@ -115,7 +114,7 @@ def dissect(architecture: type[PreTrainedModel], config: PreTrainedConfig, token
     after = frozenset(child for child, parameters in children.items() if parameters & trace.head)
     known = trace.embedding | trace.head | _parameters(layers)
     if unused := [key for key, parameter in model.named_parameters() if parameter not in known]:
-        raise IndivisibleError(f"parameter {unused[0]} takes no part in a forward pass; allowed: only ones that do")
+        raise IndivisibleError(f"parameter {unused[0]} takes no part in a forward pass")
     counts = [trace.embedding, *map(_parameters, layers), trace.head]
     return Anatomy(
         architecture=architecture,
@@ -172,25 +171,23 @@ class _Trace:
             places = {"position_ids": torch.arange(tokens)[None]} if takes_positions else {}
             output = self._model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), **places, use_cache=False)
         if self._calls != len(self._layers):
-            raise IndivisibleError(f"{self._calls} of its {len(self._layers)} layers were called once and in order")
+            raise IndivisibleError(f"only {self._calls} of its {len(self._layers)} layers are called")
         self.vocabulary = output.logits.shape[-1]
         self.head = _leaves(output.logits)
         if self._received not in self.head:
             raise IndivisibleError("its head does not read the last layer's hidden state")
         self.head.discard(self._received)
         if self.head & _parameters(self._layers):
-            raise IndivisibleError("its head reads a layer's parameters; allowed: layers that pass on one hidden state")
+            raise IndivisibleError("its head reads a layer's parameters")
 
     def _entering(self, index: int) -> Any:
         def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
             if index != self._calls:
-                raise IndivisibleError(f"layer {index} is call {self._calls}; allowed: each once, in order")
+                raise IndivisibleError(f"layer {index} is called more than once or out of turn")
             hidden = hidden_of(arguments, keywords)
             if index == 0:
                 if hidden.dim() != 3:
-                    raise IndivisibleError(
-                        f"its hidden state has {hidden.dim()} dimensions; allowed: samples, tokens and width"
-                    )
+                    raise IndivisibleError(f"its hidden state has {hidden.dim()} dimensions")
                 self.embedding, self.width = _leaves(hidden), hidden.shape[-1]
                 self._marks.append(self._counter.get_total_flops())
             elif hidden is not self._received:
@@ -209,7 +206,7 @@ class _Trace:
             if foreign:
                 raise IndivisibleError(
                     f"layer {index} reads more than its own parameters and one hidden state (per-layer inputs, shared "
-                    "weights, or keys of another layer); allowed: layers that pass on one hidden state"
+                    "weights, or keys of another layer)"
                 )
             leaf = self._cut(first(output))
             return (leaf, *output[1:]) if isinstance(output, tuple) else leaf
@@ -239,7 +236,7 @@ def _layers(base: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
             if "." in name and isinstance(module, nn.ModuleList) and len(module) == count
         ]
         found = f"{len(lists)} in its base model" + (f", and one deeper at {nested[0]}" if nested else "")
-        raise IndivisibleError(f"of lists with all {count} layers there are {found}; allowed: one, in the base model")
+        raise IndivisibleError(f"of lists with all {count} layers there are {found}")
     return lists[0]
 
 
@@ -272,16 +269,24 @@ def _tie(model: PreTrainedModel, shared: set[torch.Tensor]) -> tuple[str, str] |
     if not shared:
         return None
     if len(shared) > 1:
-        raise IndivisibleError(f"embedding and head share {len(shared)} weights; allowed: one")
+        raise IndivisibleError(f"embedding and head share {len(shared)} weights")
     name = next(key for key, parameter in model.named_parameters() if parameter in shared)
     return name, name
 
 
-def with_plain_rotation(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a copy whose rotary embedding does not look at positions; it has no parameters either way."""
-    plain = type(config).from_dict(config.to_dict())
-    _set_default_rotation(getattr(plain, "rope_parameters", None))
-    return plain
+def build_on_meta(architecture: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """Build a model without values, whose rotary embedding, which has no parameters, does not look at positions.
+
+    Raises IndivisibleError.
+    """
+    try:
+        plain = type(config).from_dict(config.to_dict())
+        _set_default_rotation(getattr(plain, "rope_parameters", None))
+        with torch.device("meta"):
+            return architecture(plain)
+    except Exception as error:  # checks of any architecture may raise anything
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise IndivisibleError(f"it cannot be built from its config.json ({problem})") from error
 
 
 def _set_default_rotation(parameters: Any) -> None:

@@ -12,10 +12,10 @@ from transformers.utils import logging
 
 from pipelinejob_worker.models.hugging_face.anatomy import (
     Anatomy,
+    build_on_meta,
     first,
     hidden_of,
     with_hidden,
-    with_plain_rotation,
     without_values,
 )
 from pipelinejob_worker.models.hugging_face.repository import Repository
@@ -158,10 +158,8 @@ def pruned(anatomy: Anatomy, part: Part) -> type[PreTrainedModel]:
 
 def check_parts(anatomy: Anatomy, config: PreTrainedConfig) -> None:
     """Raise IndivisibleError unless each part runs without the others: the code may read what is absent."""
-    plain = with_plain_rotation(config)
     for part in parts_of(range(anatomy.count + 2), anatomy.count):
-        with torch.device("meta"):
-            model = pruned(anatomy, part)(plain)
+        model = build_on_meta(pruned(anatomy, part), config)
         with without_values(f"its {part.kind} alone"):
             tokens = torch.zeros(1, 2, dtype=torch.int64)
             model(tokens if part.kind == "embedding" else torch.zeros(1, 2, anatomy.width), torch.arange(2)[None])

@@ -27,7 +27,10 @@ class HuggingFaceModel(LayeredModel):
             self.anatomy = dissect(architecture, self.config, tokens=max(1, source.context // 2))
             check_parts(self.anatomy, self.config)
         except IndivisibleError as error:
-            raise self.repository.refused(f"{architecture.__name__} cannot be cut into stages: {error}") from error
+            raise self.repository.refused(
+                f"{architecture.__name__} cannot be cut into stages: {error}; allowed: a decoder whose base model has "
+                "one list of layers that pass on one hidden state"
+            ) from error
         last = self.anatomy.count + 1
         self.names = ("embedding", *(f"layers.{index}" for index in range(self.anatomy.count)), "head")
         self.costs = self.anatomy.costs

@@ -8,7 +8,7 @@ Nothing here reads a clock or does I/O, and equal calls give equal batches.
 """
 
 from bisect import insort
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +17,9 @@ from pipelinejob_worker.serve.wire import Sampling
 
 CHUNK_FLOOR = 32
 """A smaller chunk of a prompt costs more in calls than it gains by balance."""
+
+Key = tuple[int, str]
+"""Of a request: the connection that it came over, and its name there."""
 
 Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
@@ -45,7 +48,7 @@ class Limits:
 class Request:
     """A request as it was submitted; times are seconds of one clock."""
 
-    key: Hashable
+    key: Key
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: Sampling
@@ -75,7 +78,7 @@ class Refusal:
 class Emitted:
     """A new token of a request."""
 
-    key: Hashable
+    key: Key
     position: int
     drawn: Drawn
 
@@ -84,7 +87,7 @@ class Emitted:
 class Ended:
     """The end of a request."""
 
-    key: Hashable
+    key: Key
     reason: Reason
     message: str = ""
 
@@ -123,7 +126,7 @@ class Scheduler:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.preemptions = 0
-        self._accepted: dict[Hashable, _Running] = {}
+        self._accepted: dict[Key, _Running] = {}
         self._queue: list[_Running] = []
         self._running: list[_Running] = []
         self._free = list(range(limits.blocks, 0, -1))
@@ -156,7 +159,11 @@ class Scheduler:
         """Blocks that requests hold."""
         return self.limits.blocks - len(self._free)
 
-    def __contains__(self, key: Hashable) -> bool:
+    def unfinished(self) -> list[Key]:
+        """Return the keys of all unfinished requests."""
+        return list(self._accepted)
+
+    def __contains__(self, key: object) -> bool:
         return key in self._accepted
 
     def submit(self, request: Request) -> Refusal | list[Event]:
@@ -175,7 +182,7 @@ class Scheduler:
                 return [self._end(running, reason)]
         return []
 
-    def end(self, key: Hashable, reason: Reason, message: str = "") -> list[Event]:
+    def end(self, key: Key, reason: Reason, message: str = "") -> list[Event]:
         """End a request for a reason from outside; none is known under ``key`` when it has ended before."""
         running = self._accepted.get(key)
         return [self._end(running, reason, message)] if running else []

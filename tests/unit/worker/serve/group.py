@@ -1,0 +1,227 @@
+"""A group of stages, as threads or as processes, and a front that talks to it."""
+
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from pipelinejob_worker.models import LayeredModel
+from pipelinejob_worker.models.gpt import Gpt
+from pipelinejob_worker.protocol import Preset
+from pipelinejob_worker.protocol.base import Wire
+from pipelinejob_worker.serve.engine import Layers, Leader
+from pipelinejob_worker.serve.hop import HopError
+from pipelinejob_worker.serve.ring import Member
+from pipelinejob_worker.serve.stage import Stage
+from pipelinejob_worker.serve.text import Decode
+from pipelinejob_worker.serve.wire import TO_FRONT, Cancel, Finished, Ready, Refused, Stats, Submit, Token, to_line
+from pipelinejob_worker.serve.worker import Service, serve
+from tests.unit.worker import forked
+
+PATIENCE_SECONDS = 60.0
+
+
+def decode(tokens: Sequence[int]) -> str:
+    return bytes(token % 256 for token in tokens).decode(errors="replace")
+
+
+def service_of(model: LayeredModel, *, deterministic: bool = False, **others: Any) -> Service:
+    settings = {"batch_tokens": 48, "accepted_tokens": 100_000, **others}
+    return Service(
+        model.fingerprint, model.vocabulary, model.context, model.width, deterministic=deterministic, **settings
+    )
+
+
+def cuts(model: LayeredModel, stages: int) -> list[range]:
+    ends = [len(model.names) * stage // stages for stage in range(stages + 1)]
+    return [range(start, stop) for start, stop in pairwise(ends)]
+
+
+def stages_of(model: LayeredModel, stages: int, *, deterministic: bool = False) -> list[Stage]:
+    return [
+        Stage(model, indices, torch.device("cpu"), 4 << 20, deterministic=deterministic)
+        for indices in cuts(model, stages)
+    ]
+
+
+@dataclass
+class Answers:
+    """What came for one request."""
+
+    tokens: list[Token] = field(default_factory=list)
+    end: Finished | Refused | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+    @property
+    def bits(self) -> list[tuple[Any, ...]]:
+        """Everything that depends on the logits."""
+        return [(token.position, token.token_id, token.logprob, tuple(token.top_logprobs)) for token in self.tokens]
+
+
+class Front:
+    """A front's connection to stage 0; checks what the protocol promises."""
+
+    def __init__(self, port: int) -> None:
+        self._connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_SECONDS)
+        self._lines = self._connection.makefile("rb")
+        self.answers: dict[str, Answers] = {}
+        self.stats: list[Stats] = []
+        ready = self.receive()
+        assert isinstance(ready, Ready)
+        self.ready = ready
+
+    def send(self, *messages: Submit | Cancel) -> None:
+        for message in messages:
+            if isinstance(message, Submit):
+                self.answers[message.request_id] = Answers()
+        self._connection.sendall(b"".join(map(to_line, messages)))
+
+    def send_raw(self, data: bytes) -> None:
+        self._connection.sendall(data)
+
+    def receive(self) -> Wire | None:
+        line = self._lines.readline()
+        return TO_FRONT.validate_json(line) if line else None
+
+    def take(self) -> bool:
+        """Take one message; False when the connection has ended."""
+        message = self.receive()
+        if message is None:
+            return False
+        if isinstance(message, Stats):
+            self.stats.append(message)
+            return True
+        assert isinstance(message, Token | Finished | Refused)
+        mine = self.answers[message.request_id]
+        assert mine.end is None
+        if isinstance(message, Token):
+            assert message.epoch == self.ready.epoch
+            assert not mine.tokens or message.position == mine.tokens[-1].position + 1
+            mine.tokens.append(message)
+        else:
+            mine.end = message
+        return True
+
+    def unfinished(self) -> list[str]:
+        return [name for name, mine in self.answers.items() if mine.end is None]
+
+    def finish(self) -> dict[str, Answers]:
+        """Wait for the end of all requests."""
+        while self.unfinished():
+            assert self.take(), "the engine ended the connection"
+        return self.answers
+
+    def close(self) -> None:
+        self._lines.close()
+        self._connection.close()
+
+
+@contextmanager
+def threads(
+    service: Service, layers: Sequence[Layers], blocks: int, decoder: Decode | None = decode, epoch: int = 1
+) -> Iterator[tuple[Leader, int]]:
+    """Serve with stages in threads of this process; gives stage 0's leader and the port for fronts."""
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in layers]
+    addresses = tuple(listener.getsockname() for listener in listeners)
+    started: SimpleQueue[tuple[Leader | None, int]] = SimpleQueue()
+    failures: list[BaseException] = []
+
+    def work(stage: int) -> None:
+        member = Member(epoch, stage, addresses)
+        try:
+            serve(
+                service,
+                layers[stage],
+                blocks,
+                member,
+                listeners[stage],
+                front=("127.0.0.1", 0),
+                decode=decoder,
+                started=lambda leader, port: started.put((leader, port)),
+            )
+        except HopError as error:
+            if stage == 0:
+                failures.append(error)
+
+    running = [threading.Thread(target=work, args=(stage,)) for stage in range(len(layers))]
+    for thread in running:
+        thread.start()
+    places = [started.get(timeout=PATIENCE_SECONDS) for _ in running]
+    ((leader, port),) = [(leader, port) for leader, port in places if leader]
+    try:
+        yield leader, port
+    finally:
+        leader.stop()
+        for thread in running:
+            thread.join(PATIENCE_SECONDS)
+        for listener in listeners:
+            listener.close()
+    assert not failures
+    assert not any(thread.is_alive() for thread in running)
+
+
+class StageProcess:
+    """A stage in a process of its own that keeps its layers from epoch to epoch."""
+
+    def __init__(self, preset: Preset, service: Service, stage: int, stages: int, blocks: int) -> None:
+        forked._start_server()
+        self._pipe, theirs = forked._server.Pipe()
+        self.process = forked._server.Process(target=_stage, args=(theirs, preset, service, stage, stages, blocks))
+        self.process.start()
+        theirs.close()
+        self.address: tuple[str, int] = self.receive()
+
+    def receive(self) -> Any:
+        assert self._pipe.poll(PATIENCE_SECONDS), "the stage says nothing"
+        return self._pipe.recv()
+
+    def join(self, member: Member) -> None:
+        self._pipe.send(member)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def form(stages: Sequence[StageProcess], epoch: int) -> int:
+    """Make the processes one group; returns the port for fronts."""
+    addresses = tuple(stage.address for stage in stages)
+    for number, stage in enumerate(stages):
+        stage.join(Member(epoch, number, addresses))
+    kinds = [stage.receive() for stage in stages]
+    assert [kind for kind, _ in kinds] == ["started"] * len(stages), kinds
+    port: int = kinds[0][1]
+    return port
+
+
+def _stage(pipe: Connection, preset: Preset, service: Service, stage: int, stages: int, blocks: int) -> None:
+    torch.set_num_threads(1)
+    model = Gpt(preset)
+    layers = Stage(model, cuts(model, stages)[stage], torch.device("cpu"), 4 << 20, deterministic=service.deterministic)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        pipe.send(listener.getsockname())
+        while True:
+            member = pipe.recv()
+            try:
+                serve(
+                    service,
+                    layers,
+                    blocks,
+                    member,
+                    listener,
+                    front=("127.0.0.1", 0),
+                    decode=decode,
+                    started=lambda _, port: pipe.send(("started", port)),
+                )
+            except HopError as error:
+                pipe.send(("lost", str(error)))

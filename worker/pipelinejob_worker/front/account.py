@@ -10,6 +10,8 @@ class Account:
     """``request_id``: the client's, or one made here. ``outcome``: code of the error that the client got, if any."""
 
     request_id: str
+    answer: str = ""
+    """Beginning of the ids by which engines know its choices."""
     outcome: str = ""
     usage: dict[str, int] = field(default_factory=dict)
 

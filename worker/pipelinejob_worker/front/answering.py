@@ -19,7 +19,12 @@ from pipelinejob_worker.front.shapes import Envelope, Object, usage
 from pipelinejob_worker.front.tokenizer import Tokenizer
 from pipelinejob_worker.front.transcript import Piece, Transcript, joined
 
-_STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+_STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+"""The last one keeps nginx from holding events back."""
 
 
 @dataclass

@@ -105,6 +105,7 @@ class Api:
                 raise unavailable("The model is being loaded; try again later.")
             choices, shape = await asyncio.to_thread(plan, body, bounds)
         envelope = Envelope(shape, uuid.uuid4().hex, self._settings.model, int(time.time()))
+        request[ACCOUNT].answer = envelope.identity
         job = self._answering.begin(request, envelope, choices, arrival)
         try:
             if body.stream:
@@ -252,6 +253,7 @@ class Api:
             status=status,
             outcome=account.outcome or ("ok" if status < 400 else "client_gone"),
             seconds=round(seconds, 3),
+            answer=account.answer,
             **account.usage,
         )
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -85,12 +86,17 @@ async def front(
     limited = Limits(**{"silence_seconds": 30, "drain_seconds": 0.2} | limits)
     async with serving(Settings(**values | (settings or {})), limited) as port:
         base = f"http://127.0.0.1:{port}"
-        client = openai.AsyncOpenAI(base_url=f"{base}/v1", api_key=key, max_retries=0, timeout=20)
+        client = openai.AsyncOpenAI(base_url=f"{base}/v1", api_key=key, max_retries=0, http_client=_plain())
         async with client, aiohttp.ClientSession(base) as http:
             found = Front(client, http, port, file)
             if engines:
                 await found.until_metric("pipelinejob_front_engines_connected", len(engines))
             yield found
+
+
+def _plain() -> openai.DefaultAsyncHttpxClient:
+    """Connections without TLS need no certificates, which take long to load."""
+    return openai.DefaultAsyncHttpxClient(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), timeout=20)
 
 
 async def read(stream: Any, text: str) -> None:

@@ -152,6 +152,8 @@ class Answering:
                 if work.transcript.finished:
                     del unfinished[index]
                     self._dispatcher.release(work.generation)
+                if work.generation.failure:
+                    job.changed.set()  # it is raised next time, behind all that came before it
                 if piece:
                     yield index, piece
 

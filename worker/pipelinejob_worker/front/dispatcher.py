@@ -18,6 +18,9 @@ Send = Callable[[Submit | Cancel], None]
 _BUSY_RETRY_SECONDS = 1.0
 """When to ask again an engine that was too busy for a choice that is already under way."""
 
+_MOST_FRUITLESS = 8
+"""Engines that a choice may lose in a row without a token: it may be what kills them, and must not for ever."""
+
 
 class ProtocolError(Exception):
     """An engine said what it may not say; its connection is to be closed."""
@@ -106,8 +109,12 @@ class Dispatcher:
         """The connection to an engine is gone, and with it all that the engine was doing for this front."""
         engine = self.engines.pop(pipeline, None)
         for generation in engine.work.values() if engine else ():
+            generation.fruitless += 1
             if generation.end_if_complete():
                 self._forget(generation)
+            elif generation.fruitless >= _MOST_FRUITLESS:
+                self._forget(generation)
+                generation.fail(failed(f"{generation.fruitless} engines were lost one after the other."))
             else:
                 generation.orphaned, generation.waiting_since = True, now
                 self._offer(generation, now)

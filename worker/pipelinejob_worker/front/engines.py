@@ -70,7 +70,9 @@ async def _follow(path: Path, dispatcher: Dispatcher, limits: Limits, group: asy
         else:
             problem = ""
             for pipeline in [one for one, (address, _) in kept.items() if wanted.get(one) != address]:
-                kept.pop(pipeline)[1].cancel()
+                _, task = kept.pop(pipeline)
+                task.cancel()
+                await asyncio.wait([task])
             for pipeline in wanted.keys() - kept.keys():
                 task = group.create_task(_keep(pipeline, wanted[pipeline], dispatcher, limits))
                 kept[pipeline] = wanted[pipeline], task

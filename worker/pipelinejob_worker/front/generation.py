@@ -33,6 +33,8 @@ class Generation:
     """When it was accepted or lost its engine, whichever was last."""
     orphaned: bool = False
     """Whether an engine that had it was lost."""
+    fruitless: int = 0
+    """Engines that were lost one after the other before they had said a token of it."""
     refused_by: set[int] = field(default_factory=set)
     """Pipelines that were too busy for it."""
     _fresh: list[Token] = field(default_factory=list)
@@ -74,6 +76,7 @@ class Generation:
     def emit(self, token: Token) -> None:
         """Append the token at ``next_position``."""
         self.emitted.append(token.token_id)
+        self.fruitless = 0
         self._fresh.append(token)
         self.changed.set()
 

@@ -68,6 +68,12 @@ async def test_streamed_choices_come_interleaved_with_their_indices(tmp_path: Pa
     assert texts == dict.fromkeys(range(3), ANSWER)
 
 
+async def test_seeds_go_round_at_the_largest(tmp_path: Path) -> None:
+    async with Engine() as engine, front(tmp_path, engine) as server:
+        await server.complete(n=2, seed=(1 << 63) - 1)
+    assert {one.sampling.seed for one in engine.submissions} == {(1 << 63) - 1, -(1 << 63)}
+
+
 async def test_seeds_of_those_who_give_none_differ(tmp_path: Path) -> None:
     async with Engine() as engine, front(tmp_path, engine) as server:
         await asyncio.gather(*(server.complete(max_tokens=1) for _ in range(3)))

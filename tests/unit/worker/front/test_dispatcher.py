@@ -95,6 +95,22 @@ def test_a_complete_choice_whose_engine_is_lost_has_ended(emitted: list[int], st
     assert (one.reason, dispatcher.waiting) == (reason, 0)
 
 
+def test_a_choice_may_not_kill_engines_for_ever() -> None:
+    dispatcher, one = Dispatcher(LIMITS), generation()
+    dispatcher.accept([one], 0.0)
+    for epoch in range(1, 6):
+        connect(dispatcher, epoch=epoch)
+        dispatcher.lost(0, 0.0)
+    dispatcher.heard(0, token(connect(dispatcher, epoch=6).submit(), 3, epoch=6), 0.0)  # progress
+    for epoch in range(7, 14):
+        dispatcher.lost(0, 0.0)
+        assert not one.failure
+        connect(dispatcher, epoch=epoch)
+    dispatcher.lost(0, 0.0)
+    assert one.failure is not None
+    assert (one.failure.status, dispatcher.waiting, dispatcher.running) == (500, 0, 0)
+
+
 def test_a_choice_of_whom_nobody_wants_to_know_is_cancelled() -> None:
     dispatcher, one, waiting = Dispatcher(LIMITS), generation(), generation("b")
     dispatcher.accept([waiting], 0.0)

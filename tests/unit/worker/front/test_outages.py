@@ -229,6 +229,19 @@ async def test_what_was_accepted_once_waits_for_room_after_a_recovery(tmp_path: 
     assert refusals == 2
 
 
+async def test_an_error_behind_tokens_comes_behind_their_text(tmp_path: Path) -> None:
+    async def fail(engine: Engine, submit: Submit, say: Say) -> None:
+        say(token(engine, submit, 0, BYTES[0]))
+        say(token(engine, submit, 1, BYTES[1]))
+        say(Finished(request_id=submit.request_id, reason="error", message="NaN"))
+
+    async with Engine(fail) as engine, front(tmp_path, engine) as server:
+        stream = await server.complete(stream=True)
+        await read(stream, "Gr")
+        with pytest.raises(openai.APIError, match="NaN"):
+            await rest(stream)
+
+
 @pytest.mark.parametrize(
     ("ending", "error", "code"),
     [

@@ -34,7 +34,7 @@ demo: ## Train examples/tiny-gpt.yaml on the cluster in KUBECONFIG, or on one st
 ##@ Test
 
 .PHONY: test
-test: lint test-unit test-integration test-e2e ## Run everything: lint, unit, integration and end-to-end tests.
+test: lint test-unit test-weights test-integration test-e2e ## Run everything: lint, unit, integration and end-to-end tests.
 
 .PHONY: lint
 lint: $(VENV)/complete ## Check style, types, the arrows between the parts, and that generated files are fresh.
@@ -48,6 +48,10 @@ lint: $(VENV)/complete ## Check style, types, the arrows between the parts, and 
 test-unit: $(VENV)/complete ## Run the tests that need no cluster.
 	$(CLUSTER) binaries
 	$(PYTHON) -m pytest tests/unit
+
+.PHONY: test-weights
+test-weights: $(VENV)/complete ## Cut a decoder with real weights, which the first run fetches (93 MB).
+	$(PYTHON) -m pytest tests/weights
 
 .PHONY: test-integration
 test-integration: $(VENV)/complete ## Run the tests that need only etcd and an API server, which they start.

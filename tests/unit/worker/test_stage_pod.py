@@ -58,7 +58,8 @@ def test_a_pod_asked_to_leave_takes_all_with_it_and_a_killed_one_is_not_blamed_o
         assert [(stage.stage, stage.layers) for stage in status.progress.stages] == [(0, "0-2"), (1, "3-5")]
         assert status.progress.bubble_limit_percent == 20
         _, trace = until(lambda: (answer := first.get("/trace")) and answer[0] == 200 and answer)
-        assert {event["cat"] for event in json.loads(trace)["traceEvents"] if event["ph"] == "X"} >= {"forward", "backward", "waiting"}
+        shown = {event["cat"] for event in json.loads(trace)["traceEvents"] if event["ph"] == "X"}
+        assert shown >= {"forward", "backward", "waiting"}
         assert last.get("/trace")[0] == 404, "the trace of all stages is with rank 0"
         last.terminate()
         assert [first.exit_code(), last.exit_code()] == [ExitCode.DRAINED] * 2, first.output + last.output

@@ -1,5 +1,6 @@
 """What an agent serves: ``/status``, ``/metrics``, ``/trace``, ``/healthz`` and ``/readyz``; read only."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,9 +29,11 @@ async def serve(port: int, status: Callable[[], AgentStatus], trace: Path) -> As
         return web.Response(body=metrics(status()).encode(), headers={"Content-Type": _METRICS_TYPE})
 
     async def answer_trace(_: web.Request) -> web.StreamResponse:
-        if not trace.exists():
+        try:
+            content = await asyncio.to_thread(trace.read_bytes)
+        except FileNotFoundError:
             return web.Response(text="no step is traced here: ask rank 0, some steps after its start\n", status=404)
-        return web.FileResponse(trace, headers={"Content-Type": "application/json"})
+        return web.Response(body=content, content_type="application/json")
 
     async def answer_health(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")

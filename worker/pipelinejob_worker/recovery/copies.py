@@ -120,6 +120,9 @@ class PieceServer:
         self._tasks: dict[asyncio.Task[None], Incarnation | None] = {}
         """Connections, with the incarnation that they have been accepted for."""
         self._writers: dict[Piece, asyncio.Task[None]] = {}
+        self.reserved: set[Piece] = set()
+        """Pieces whose copies are kept in the present incarnation."""
+
         self._accepting: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
         self.traffic = Traffic()
@@ -135,7 +138,9 @@ class PieceServer:
     async def advance(self, incarnation: Incarnation) -> None:
         """Serve this incarnation from now on; transfers of older ones are cut off when this returns."""
         async with self._advanced:
-            self._incarnation = max(self._incarnation, incarnation)
+            if incarnation > self._incarnation:
+                self._incarnation = incarnation
+                self.reserved.clear()
             self._advanced.notify_all()
         await _cancel([task for task, served in self._tasks.items() if served and served < self._incarnation])
 
@@ -194,6 +199,7 @@ class PieceServer:
                 case Reserve(pieces=pieces):
                     sizes = {sized.piece: sized.size for sized in pieces}
                     await asyncio.to_thread(self._store.reserve, sizes, copied=True)
+                    self.reserved |= sizes.keys()
                     await connection.send(Answer(result="done"))
                 case Put():
                     await self._take(connection, request)

@@ -1,0 +1,133 @@
+"""The agent of rank 0 as coordinator: who is there, which attempt, who broke it. Pure: messages in, messages out.
+
+It keeps nothing that its successor would miss: every attempt begins with what all ranks tell.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pipelinejob_worker.recovery.agreement import agree
+from pipelinejob_worker.recovery.messages import Abort, Applied, Broken, Join, Plan, Refused, Start
+from pipelinejob_worker.recovery.pieces import Incarnation, Lineage
+from pipelinejob_worker.recovery.placement import copy_holders
+
+Outgoing = Mapping[int, Plan | Start | Abort]
+"""Messages by rank."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended a rank's part of an incarnation; ``own``: by its own fault."""
+
+    rank: int
+    reason: str
+    own: bool
+
+
+class Coordinator:
+    """One epoch of a job.
+
+    Gathering: waits until all ranks have joined. Planned: waits until all have applied the plan. Started: waits for
+    the first that breaks. That, and the loss of a rank, leads back to gathering, where all join anew.
+    """
+
+    def __init__(self, job_uid: str, epoch: int, world_size: int, listen: Callable[[Incarnation], int]) -> None:
+        """``listen``: has rank 0 listen for the process group of an incarnation, and returns the port."""
+        self._job_uid = job_uid
+        self._epoch = epoch
+        self._world_size = world_size
+        self._listen = listen
+        self._joins: dict[int, Join] = {}
+        self._planned: Incarnation | None = None
+        self._applied: set[int] = set()
+        self._newest = Incarnation(epoch, 0)
+        self.started = False
+        self.failures: list[Failure] = []
+        """Of the newest incarnation, in the order in which they were told."""
+
+    @property
+    def missing(self) -> list[int]:
+        """Ranks that have not joined the attempt that is being gathered."""
+        return [] if self._planned else [rank for rank in range(self._world_size) if rank not in self._joins]
+
+    @property
+    def first_cause(self) -> Failure | None:
+        """The first failure of a rank's own, else the first: who only lost a peer is not to blame."""
+        return next((failure for failure in self.failures if failure.own), None) or next(iter(self.failures), None)
+
+    def refusal(self, join: Join) -> Refused | None:
+        """Return why this rank cannot join."""
+        if join.job_uid != self._job_uid:
+            return Refused(reason=f"job {join.job_uid} is not job {self._job_uid}")
+        if join.epoch != self._epoch:
+            return Refused(reason=f"epoch {join.epoch} is not {self._epoch}")
+        if join.world_size != self._world_size or join.rank >= self._world_size:
+            return Refused(reason=f"rank {join.rank} of {join.world_size} is none of {self._world_size}")
+        return None
+
+    def join(self, join: Join) -> Outgoing:
+        """A rank has joined, which ``refusal`` allows; a rank that had joined before has begun anew."""
+        outgoing = self._break(Failure(join.rank, "it has begun anew", own=True)) if self._planned else {}
+        self._joins[join.rank] = join
+        if len(self._joins) == self._world_size:
+            return self._plan()
+        return {rank: message for rank, message in outgoing.items() if rank != join.rank}
+
+    def applied(self, rank: int, message: Applied) -> Outgoing:
+        """A rank has applied the plan."""
+        if message.incarnation != self._planned or self.started:
+            return {}
+        self._applied.add(rank)
+        if len(self._applied) < self._world_size:
+            return {}
+        self.started = True
+        return dict.fromkeys(range(self._world_size), Start(incarnation=self._planned))
+
+    def broken(self, rank: int, message: Broken) -> Outgoing:
+        """A rank's part of an incarnation has ended; it will join again."""
+        if message.incarnation != self._newest:
+            return {}
+        failure = Failure(rank, f"{message.reason}: {message.message}"[:1024], message.own)
+        if message.incarnation != self._planned:
+            self.failures.append(failure)  # a further one, of the attempt that is over already
+            return {}
+        return self._break(failure)
+
+    def gone(self, rank: int, reason: str) -> Outgoing:
+        """The connection to a rank that had joined has ended."""
+        if self._planned:
+            return self._break(Failure(rank, reason, own=True))
+        self._joins.pop(rank, None)
+        return {}
+
+    def _plan(self) -> Outgoing:
+        joins = [self._joins[rank] for rank in range(self._world_size)]
+        lineage = Lineage().joined(join.lineage for join in joins)
+        seen = [join.last.attempt for join in joins if join.last.epoch == self._epoch]
+        incarnation = Incarnation(self._epoch, 1 + max([self._newest.attempt, *seen]))
+        agreed = agree({join.rank: join.held for join in joins}, lineage)
+        step, holdings = agreed or (None, [])
+        plan = Plan(
+            incarnation=incarnation,
+            step=step,
+            lineage=lineage.rolled_back(incarnation, step or 0),
+            holdings=holdings,
+            addresses=[join.address for join in joins],
+            guards=copy_holders([join.node for join in joins]),
+            rendezvous_port=self._listen(incarnation),
+        )
+        self._joins.clear()
+        self._planned = self._newest = incarnation
+        self._applied.clear()
+        self.started = False
+        self.failures = []
+        return dict.fromkeys(range(self._world_size), plan)
+
+    def _break(self, failure: Failure) -> Outgoing:
+        """End the planned incarnation: all are to leave it, also who broke it."""
+        assert self._planned
+        abort = Abort(incarnation=self._planned, rank=failure.rank, reason=failure.reason, own=failure.own)
+        self.failures.append(failure)
+        self._planned = None
+        self.started = False
+        return dict.fromkeys(range(self._world_size), abort)

@@ -1,0 +1,151 @@
+"""All that the agent of a rank keeps and does for recovery, apart from its worker."""
+
+import asyncio
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from pipelinejob_worker.recovery import memory
+from pipelinejob_worker.recovery.agreement import assign
+from pipelinejob_worker.recovery.copies import PieceClient, PieceServer
+from pipelinejob_worker.recovery.messages import Join, Plan
+from pipelinejob_worker.recovery.slots import SlotStore
+from pipelinejob_worker.recovery.transport import Address, TransferError
+
+log = structlog.get_logger()
+
+RETRY_SECONDS = 0.5
+
+
+class Keeper:
+    """The slots of one rank, the copies that it keeps and has kept, and what it has written down."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        job_uid: str,
+        rank: int,
+        limit_bytes: int,
+        guarded: Callable[[int], object],
+        copy_bytes_per_second: float = 0,
+    ) -> None:
+        """``guarded`` is called with each step that the guard has acknowledged. Raises OSError."""
+        self.store = SlotStore(directory, job_uid, limit_bytes)
+        self._directory = directory
+        self._job_uid = job_uid
+        self._rank = rank
+        self._on_guarded = guarded
+        self._rate = copy_bytes_per_second
+        self._server = PieceServer(self.store, job_uid)
+        self._client = PieceClient(self.store, job_uid, rank)
+        self._plan: Plan | None = None
+        self._guarding: asyncio.Task[None] | None = None
+        self.guard_problem = ""
+        """Why the newest snapshot is not at the guard, empty if it is or is still on its way."""
+        try:
+            self.memory = memory.load(directory)
+        except ValueError as error:
+            # Without the rollbacks nobody can tell which of the pieces count.
+            log.warning("what was written down cannot be read: the slots are dropped", error=str(error))
+            self.memory = memory.Memory()
+            self.store.invalidate(lambda _: True)
+
+    @property
+    def bytes_sent(self) -> int:
+        """Payload that has left this pod: copies and fetched pieces."""
+        return self._client.traffic.sent + self._server.traffic.sent
+
+    @property
+    def bytes_received(self) -> int:
+        """Payload that has come into this pod."""
+        return self._client.traffic.received + self._server.traffic.received
+
+    async def start(self, host: str, port: int = 0) -> int:
+        """Serve pieces; return the port. Raises OSError."""
+        return await self._server.start(host, port)
+
+    async def stop(self) -> None:
+        """End all transfers."""
+        await self.leave()
+        await self._server.stop()
+
+    def remember(self, new: memory.Memory) -> None:
+        """Write something down. Raises OSError."""
+        memory.save(self._directory, new)
+        self.memory = new
+
+    def join(self, *, epoch: int, world_size: int, node: str, address: Address) -> Join:
+        """Return what this rank tells the coordinator."""
+        return Join(
+            job_uid=self._job_uid,
+            epoch=epoch,
+            rank=self._rank,
+            world_size=world_size,
+            node=node,
+            address=address,
+            last=self.memory.incarnation,
+            lineage=self.memory.lineage,
+            held=self.store.held(),
+        )
+
+    async def apply(self, plan: Plan) -> None:
+        """Write a plan down, invalidate what it makes void, and serve its incarnation only. Raises OSError."""
+        await self.leave()
+        self.remember(self.memory.model_copy(update={"incarnation": plan.incarnation, "lineage": plan.lineage}))
+        step = plan.step
+        void = self.store.invalidate(
+            lambda held: step is None or held.step > step or not plan.lineage.counts(held),
+        )
+        self._plan = plan
+        await self._server.advance(plan.incarnation)
+        log.info("a new incarnation", incarnation=str(plan.incarnation), step=step, void_pieces=len(void))
+
+    async def fetch(self, needs: Mapping[int, Collection[int]]) -> None:
+        """Own all layers that this rank needs at the plan's step. ``needs``: the layers of every rank.
+
+        Raises TransferError, and ConfigurationError when there is no room.
+        """
+        assert self._plan
+        fetches = assign(self._plan.holdings, needs)[self._rank]
+        await self._client.fetch(dict(enumerate(self._plan.addresses)), self._plan.incarnation, fetches)
+
+    def protect(self, step: int) -> None:
+        """The worker has a valid snapshot of ``step``: have it guarded, in the background, until that is done.
+
+        One that is newer than the plan's step shows that this is guarded everywhere: what else is kept of other
+        splits and incarnations is given up.
+        """
+        assert self._plan
+        if self._plan.step is None or step > self._plan.step:
+            own = {held.piece for held in self.store.held() if held.step == step and not held.copied}
+            self.store.retain(own, self._server.reserved)
+        if self._guarding:
+            self._guarding.cancel()
+        self._guarding = asyncio.create_task(self._guard(self._plan, step))
+
+    async def leave(self) -> None:
+        """The incarnation is over: send no more copies of it."""
+        if self._guarding:
+            self._guarding.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._guarding
+            self._guarding = None
+
+    async def _guard(self, plan: Plan, step: int) -> None:
+        guard = plan.guards[self._rank]
+        pieces = [held for held in self.store.held() if held.step == step and not held.copied]
+        while guard is not None:
+            try:
+                address = plan.addresses[guard]
+                await self._client.guard(address, plan.incarnation, pieces, bytes_per_second=self._rate)
+                break
+            except TransferError as error:
+                if not self.guard_problem:
+                    log.warning("snapshot not guarded", step=step, guard=guard, error=str(error))
+                self.guard_problem = f"rank {guard} does not keep the copy of step {step}: {error}"
+                await asyncio.sleep(RETRY_SECONDS)
+        self.guard_problem = ""
+        self._on_guarded(step)

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import structlog
 from aiohttp import web
@@ -31,12 +31,17 @@ log = structlog.get_logger()
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Kind = TypeVar("Kind", bound=Request)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 REQUEST_ID = "X-Request-Id"
 _USABLE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 _BODIES_BYTES = 256 << 20
 """Most bytes of all bodies that are being read or understood at a time."""
+
+_SMALL_BODY_BYTES = 16 << 10
+"""Larger bodies are parsed and tokenised in threads: nobody else waits for them, nor in a queue behind them."""
 
 _CLIENT_GONE = 499
 """Status in logs and metrics of a request whose client has left; customary, as HTTP has none."""
@@ -96,14 +101,15 @@ class Api:
         kind: type[Kind],
         plan: Callable[[Kind, Ready], tuple[list[Choice], Shape]],
     ) -> web.StreamResponse:
-        """Read, understand, accept and answer; parsing and tokenising are work for another thread."""
+        """Read, understand, accept and answer."""
         arrival = time.monotonic()
         async with self._body(request) as content:
-            body = await asyncio.to_thread(_parsed, kind, content)
+            work = asyncio.to_thread if len(content) > _SMALL_BODY_BYTES else _at_once
+            body = await work(_parsed, kind, content)
             self._check_model(body.model)
             if (bounds := self._dispatcher.bounds) is None:
                 raise unavailable("The model is being loaded; try again later.")
-            choices, shape = await asyncio.to_thread(plan, body, bounds)
+            choices, shape = await work(plan, body, bounds)
         envelope = Envelope(shape, uuid.uuid4().hex, self._settings.model, int(time.time()))
         request[ACCOUNT].answer = envelope.identity
         job = self._answering.begin(request, envelope, choices, arrival)
@@ -237,7 +243,7 @@ class Api:
         return web.json_response(found.body(), status=found.status, headers=found.headers)
 
     async def _finish_headers(self, request: web.Request, response: web.StreamResponse) -> None:
-        if ACCOUNT in request:  # not where aiohttp itself refuses what is no HTTP
+        if ACCOUNT in request:  # not where aiohttp itself refuses an Expect header
             response.headers[REQUEST_ID] = request[ACCOUNT].request_id
         if self.draining:
             response.force_close()
@@ -256,6 +262,13 @@ class Api:
             answer=account.answer,
             **account.usage,
         )
+
+
+async def _at_once(
+    function: Callable[Arguments, Result], *arguments: Arguments.args, **named: Arguments.kwargs
+) -> Result:
+    """Call the function here, as ``asyncio.to_thread`` does elsewhere."""
+    return function(*arguments, **named)
 
 
 def _parsed(kind: type[Kind], content: bytes) -> Kind:

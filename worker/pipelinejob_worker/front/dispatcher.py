@@ -18,7 +18,7 @@ Send = Callable[[Submit | Cancel], None]
 _BUSY_RETRY_SECONDS = 1.0
 """When to ask again an engine that was too busy for a choice that is already under way."""
 
-_MOST_FRUITLESS = 8
+_MOST_FRUITLESS = 16
 """Engines that a choice may lose in a row without a token: it may be what kills them, and must not for ever."""
 
 
@@ -114,7 +114,7 @@ class Dispatcher:
                 self._forget(generation)
             elif generation.fruitless >= _MOST_FRUITLESS:
                 self._forget(generation)
-                generation.fail(failed(f"{generation.fruitless} engines were lost one after the other."))
+                generation.fail(failed(f"{generation.fruitless} engines were lost in a row.", retry=False))
             else:
                 generation.orphaned, generation.waiting_since = True, now
                 self._offer(generation, now)

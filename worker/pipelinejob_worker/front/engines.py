@@ -1,6 +1,7 @@
 """The connections to the engines: kept for each address that the file of engines names."""
 
 import asyncio
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,8 +81,9 @@ async def _follow(path: Path, dispatcher: Dispatcher, limits: Limits, group: asy
 
 
 async def _keep(pipeline: int, address: Address, dispatcher: Dispatcher, limits: Limits) -> None:
-    """Connect again and again; each loss is logged, and the first of a row of failures to connect."""
-    delay, said = _FIRST_DELAY_SECONDS, ""
+    """Connect again and again, later each time until a connection has held; log what is new of the reasons."""
+    loop = asyncio.get_running_loop()
+    delay, said, since = _FIRST_DELAY_SECONDS, "", math.inf
     engine = log.bind(pipeline=pipeline, host=address[0], port=address[1])
     while True:
         try:
@@ -90,12 +92,14 @@ async def _keep(pipeline: int, address: Address, dispatcher: Dispatcher, limits:
             with _aborted(writer):
                 await _greet(pipeline, reader, writer, dispatcher, limits)
                 engine.info("engine connected", epoch=dispatcher.engines[pipeline].ready.epoch)
-                delay, said = _FIRST_DELAY_SECONDS, ""
+                said, since = "", loop.time()
                 await _converse(pipeline, reader, dispatcher, limits)
         except (OSError, EOFError, TimeoutError, ValueError, ProtocolError) as error:
             if (problem := _explained(error, limits)) != said:
                 engine.warning("engine not connected", error=problem)
                 said = problem
+        if loop.time() - since > _LONGEST_DELAY_SECONDS:
+            delay, since = _FIRST_DELAY_SECONDS, math.inf
         await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - spreads the fronts, hides nothing
         delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
 

@@ -71,9 +71,9 @@ def out_of_time(seconds: float) -> ApiError:
     return ApiError(504, message, "server_error", code="deadline_exceeded", retry=False)
 
 
-def failed(message: str) -> ApiError:
+def failed(message: str, *, retry: bool | None = None) -> ApiError:
     """Report a fault that is not the client's."""
-    return ApiError(500, message, "server_error", code="internal_error")
+    return ApiError(500, message, "server_error", code="internal_error", retry=retry)
 
 
 def of_validation(error: ValidationError) -> ApiError:

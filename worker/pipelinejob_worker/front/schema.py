@@ -68,6 +68,8 @@ class Request(Body):
         _one_of(f"a string or a list of up to {_MOST_STOPS} strings, each of 1 to 1024 characters"),
     ] = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     top_k: int = Field(0, ge=-1, description="Not OpenAI's: draw among that many likeliest tokens; 0 and -1 are all.")
     ignore_eos: bool = Field(False, description="Not OpenAI's: go on behind the model's end of an answer.")

@@ -102,7 +102,7 @@ def test_a_choice_may_not_kill_engines_for_ever() -> None:
         connect(dispatcher, epoch=epoch)
         dispatcher.lost(0, 0.0)
     dispatcher.heard(0, token(connect(dispatcher, epoch=6).submit(), 3, epoch=6), 0.0)  # progress
-    for epoch in range(7, 14):
+    for epoch in range(7, 22):
         dispatcher.lost(0, 0.0)
         assert not one.failure
         connect(dispatcher, epoch=epoch)

@@ -240,6 +240,26 @@ async def test_before_the_model_has_been_there_the_front_is_not_ready(tmp_path: 
         await only_this_one_failed(server)
 
 
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"400"),  # TLS
+        (b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"400"),
+        (b"GET /v1/models HTTP/1.1\r\nX: " + b"x" * 20_000 + b"\r\n\r\n", b"400"),
+        (b"GET /v1/models HTTP/1.1\r\nHost: x\r\nExpect: wonders\r\n\r\n", b"417"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"4"),
+    ],
+)
+async def test_what_is_hardly_http_is_refused_and_harms_nobody(tmp_path: Path, sent: bytes, status: bytes) -> None:
+    async with Engine() as engine, front(tmp_path, engine) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(sent)
+        async with asyncio.timeout(10):
+            assert (await reader.readline()).split()[1].startswith(status)
+        writer.close()
+        await only_this_one_failed(server)
+
+
 async def test_ids_of_requests_come_from_the_client_or_the_front(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

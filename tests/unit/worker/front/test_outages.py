@@ -8,7 +8,7 @@ import pytest
 
 from pipelinejob_worker.serve.wire import Finished, Refused, Submit
 from tests.unit.worker.front.engines import ANSWER, Engine, Say, answer, token
-from tests.unit.worker.front.fronts import front, read, rest
+from tests.unit.worker.front.fronts import front, read, rest, until
 
 BYTES = list(ANSWER.encode())
 
@@ -182,10 +182,14 @@ async def test_a_replica_that_leaves_the_file_gives_its_work_to_the_others(tmp_p
     assert len(spare.submissions) == len(used.submissions) == 1
 
 
-async def test_a_broken_file_of_engines_changes_nothing(tmp_path: Path) -> None:
+async def test_a_broken_file_of_engines_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async def seen() -> bool:
+        return "'nonsense' is no address" in capsys.readouterr().out
+
     async with Engine() as engine, front(tmp_path, engine) as server:
         server.engines_file.write_text("nonsense\n")
-        await asyncio.sleep(0.6)  # longer than between two readings
+        await until(seen)
+        assert await server.metric("pipelinejob_front_engines_connected") == 1
         assert (await server.complete()).choices[0].text == ANSWER
 
 

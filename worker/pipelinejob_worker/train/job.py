@@ -1,5 +1,6 @@
 """Training a job as one of its stages: check, join, resume, train, save, leave."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from pipelinejob_worker.train.progress import Meter
 from pipelinejob_worker.train.report import Reporter, Tracer
 
 log = structlog.get_logger()
+
+DAMAGE_SHOWN_SECONDS = 30.0
+"""How long a damaged checkpoint is told at least: the next one may be complete before the operator asks."""
 
 
 class SaveError(Exception):
@@ -91,6 +95,7 @@ class StageJob:
         self._tracer = Tracer(group, Path(assignment.scratch_directory) if assignment.scratch_directory else None)
         self._saver: AsyncSaver | None = None
         self._resume_problem = ""
+        self._started = time.monotonic()
         self._validation: tuple[int, float] | None = None
 
     def run(self) -> ExitCode:
@@ -151,7 +156,8 @@ class StageJob:
 
     def _progress(self, step: int) -> Progress:
         saver, validation = self._saver, self._validation
-        problem = saver.problem if saver else ""
+        recent = time.monotonic() - self._started < DAMAGE_SHOWN_SECONDS
+        problem = (saver.problem if saver else "") or (self._resume_problem if recent else "")
         return self._meter.progress(step).model_copy(
             update={
                 "last_checkpoint_step": saver.saved_step if saver else 0,

@@ -18,16 +18,16 @@ def draw(logits: torch.Tensor, samplings: Sequence[Sampling], positions: Sequenc
     """
     largest, likeliest = (values.tolist() for values in logits.max(dim=-1))
     return [
-        _draw_row(row.double(), sampling, position, best) if -torch.inf < most < torch.inf else Drawn(None)
+        _draw_row(row, sampling, position, best) if -torch.inf < most < torch.inf else Drawn(None)
         for row, sampling, position, most, best in zip(logits, samplings, positions, largest, likeliest, strict=True)
     ]
 
 
 def _draw_row(logits: torch.Tensor, sampling: Sampling, position: int, best: int) -> Drawn:
-    token = best if sampling.temperature == 0 else _sample(logits, sampling, position)
+    token = best if sampling.temperature == 0 else _sample(logits.double(), sampling, position)
     if not (sampling.logprobs or sampling.top_logprobs):
         return Drawn(token)
-    logprobs = logits - logits.logsumexp(0)
+    logprobs = logits.double().log_softmax(0)
     count = min(sampling.top_logprobs, logits.numel())
     order = torch.sort(logprobs, descending=True, stable=True).indices[:count].tolist() if count else []
     return Drawn(token, float(logprobs[token]), tuple((index, float(logprobs[index])) for index in order))

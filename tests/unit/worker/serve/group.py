@@ -2,7 +2,7 @@
 
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -26,6 +26,8 @@ from pipelinejob_worker.serve.worker import Service, serve
 from tests.unit.worker import forked
 
 PATIENCE_SECONDS = 60.0
+CACHE_BYTES = 4 << 20
+"""More than the blocks that the tests use."""
 
 
 def decode(tokens: Sequence[int]) -> str:
@@ -46,7 +48,7 @@ def cuts(model: LayeredModel, stages: int) -> list[range]:
 
 def stages_of(model: LayeredModel, stages: int, *, deterministic: bool = False) -> list[Stage]:
     return [
-        Stage(model, indices, torch.device("cpu"), 4 << 20, deterministic=deterministic)
+        Stage(model, indices, torch.device("cpu"), CACHE_BYTES, deterministic=deterministic)
         for indices in cuts(model, stages)
     ]
 
@@ -173,10 +175,10 @@ def threads(
 class StageProcess:
     """A stage in a process of its own that keeps its layers from epoch to epoch."""
 
-    def __init__(self, preset: Preset, service: Service, stage: int, stages: int, blocks: int) -> None:
+    def __init__(self, service: Service, build: Callable[[], Layers], blocks: int) -> None:
         forked._start_server()
         self._pipe, theirs = forked._server.Pipe()
-        self.process = forked._server.Process(target=_stage, args=(theirs, preset, service, stage, stages, blocks))
+        self.process = forked._server.Process(target=_stage, args=(theirs, service, build, blocks))
         self.process.start()
         theirs.close()
         self.address: tuple[str, int] = self.receive()
@@ -204,10 +206,14 @@ def form(stages: Sequence[StageProcess], epoch: int) -> int:
     return port
 
 
-def _stage(pipe: Connection, preset: Preset, service: Service, stage: int, stages: int, blocks: int) -> None:
-    torch.set_num_threads(1)
+def stage_of_preset(preset: Preset, stage: int, stages: int, *, deterministic: bool) -> Layers:
     model = Gpt(preset)
-    layers = Stage(model, cuts(model, stages)[stage], torch.device("cpu"), 4 << 20, deterministic=service.deterministic)
+    return Stage(model, cuts(model, stages)[stage], torch.device("cpu"), CACHE_BYTES, deterministic=deterministic)
+
+
+def _stage(pipe: Connection, service: Service, build: Callable[[], Layers], blocks: int) -> None:
+    torch.set_num_threads(1)
+    layers = build()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pipe.send(listener.getsockname())
         while True:

@@ -1,6 +1,7 @@
 """The engine gives each request the tokens of the whole model, whatever else it serves and however it is cut."""
 
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ from pipelinejob_worker.protocol import Preset
 from pipelinejob_worker.serve.sampling import draw
 from pipelinejob_worker.serve.wire import Cancel, Finished, Refused, Sampling, Submit
 from tests.unit.worker.decoders import CONFIGS, VOCABULARY, layered, save
-from tests.unit.worker.serve.group import Answers, Front, StageProcess, form, service_of, stages_of, threads
+from tests.unit.worker.serve.group import (
+    Answers,
+    Front,
+    StageProcess,
+    form,
+    service_of,
+    stage_of_preset,
+    stages_of,
+    threads,
+)
 
 CONTEXT = 64
 GREEDY = Sampling(temperature=0)
@@ -111,7 +121,8 @@ def test_after_a_stages_death_requests_go_on_with_the_same_bits() -> None:
     ]
     expected = answers_of(1, requests, blocks=200)
     service = service_of(Gpt(PRESET), deterministic=True)
-    stages = [StageProcess(PRESET, service, number, 3, blocks=20) for number in range(3)]
+    builds = [partial(stage_of_preset, PRESET, number, 3, deterministic=True) for number in range(3)]
+    stages = [StageProcess(service, build, blocks=20) for build in builds]
     try:
         front = Front(form(stages, epoch=1))
         front.send(*requests)
@@ -124,7 +135,7 @@ def test_after_a_stages_death_requests_go_on_with_the_same_bits() -> None:
         assert front.unfinished()
         front.close()
 
-        stages[1] = StageProcess(PRESET, service, 1, 3, blocks=20)
+        stages[1] = StageProcess(service, builds[1], blocks=20)
         assert [stages[number].receive()[0] for number in (0, 2)] == ["lost", "lost"]
         again = Front(form(stages, epoch=2))
         assert again.ready.epoch == 2

@@ -1,4 +1,4 @@
-"""What can go wrong in the test bed's cluster, for end-to-end tests: dead nodes, other feature gates, bad links.
+"""What can go wrong in the test bed's cluster, for end-to-end tests: dead nodes, other feature gates, bad links, disks.
 
 Each fault is a context manager: inside it holds, afterwards all is well again.
 
@@ -6,15 +6,16 @@ Each fault is a context manager: inside it holds, afterwards all is well again.
     with faults.feature_gates(RestartAllContainersOnContainerExits=False): ...
     with faults.cut("10.244.1.2", "10.244.2.2"): ...
     with faults.slow("10.244.1.2", "10.244.2.2", "10mbit"): ...
+    with faults.small_volume("shared-3", "2m") as remount: remount("ro")
 """
 
 import json
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tests.cluster import commands, control_plane, images, lifecycle, network, settings
+from tests.cluster import commands, control_plane, images, lifecycle, network, settings, volumes
 from tests.cluster.errors import ClusterError
 from tests.cluster.node import Node
 
@@ -86,6 +87,30 @@ def cut(first: str, second: str) -> Iterator[None]:
         yield
     finally:
         commands.run("nft", "delete", "element", *CUT_SET.split(), pairs)
+
+
+@contextmanager
+def small_volume(name: str, size: str) -> Iterator[Callable[[str], None]]:
+    """Put an empty file system of ``size`` (as tmpfs writes it: ``2m``) in the place of a shared volume.
+
+    Each node has one of its own, so the volume's pods must share a node. Yields a function that remounts it with other
+    options, such as ``size=8m``, ``ro`` or ``rw``.
+    """
+    directory = volumes.ROOT / name
+    machines = lifecycle.nodes(lifecycle.running().nodes)
+
+    def remount(options: str) -> None:
+        for machine in machines:
+            commands.run(*machine.inside("mount", "--no-mtab", "-o", f"remount,{options}", directory))
+
+    for machine in machines:
+        options = f"size={size},mode=0777"
+        commands.run(*machine.inside("mount", "--no-mtab", "-t", "tmpfs", "-o", options, "tmpfs", directory))
+    try:
+        yield remount
+    finally:
+        for machine in machines:
+            commands.run(*machine.inside("umount", "--no-mtab", "--lazy", directory))
 
 
 def _hardware_address(address: str) -> str:

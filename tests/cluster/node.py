@@ -106,14 +106,15 @@ class Node:
         )
         return Program(settings.STATE, f"namespace-{self.name}", argv, ready.exists)
 
-    def _inside(self, *argv: str | Path) -> tuple[str | Path, ...]:
+    def inside(self, *argv: str | Path) -> tuple[str | Path, ...]:
+        """Return the command that runs ``argv`` with the node's file systems."""
         return ("nsenter", f"--mount=/proc/{self.namespace.pid}/ns/mnt", *argv)
 
     @property
     def containerd(self) -> Program:
         """The container runtime. It answers on its socket some moments before its CRI service is ready."""
         log = settings.STATE / "log" / f"containerd-{self.name}.log"
-        argv = self._inside("containerd", "--config", self.directory / "containerd.toml")
+        argv = self.inside("containerd", "--config", self.directory / "containerd.toml")
         started = "Start streaming server"
         before = log.read_text(errors="replace").count(started) if log.exists() else 0
         return Program(
@@ -126,7 +127,7 @@ class Node:
     @property
     def kubelet(self) -> Program:
         """The kubelet."""
-        argv = self._inside(
+        argv = self.inside(
             self.plane.binaries / "kubelet",
             f"--config={self.directory}/kubelet.json",
             f"--kubeconfig={self.directory}/kubelet.kubeconfig",

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from tests.cluster import faults
 from tests.e2e import kit
 from tests.e2e.losses import of_one_process
 
@@ -73,6 +74,32 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_status_says_so(namespace: k
     run.wait_succeeded()
     run.wait_events("CheckpointDamaged")
     assert tuple(run.losses("state")) == of_one_process(spec)
+
+
+def test_training_goes_on_while_the_volume_is_full_or_read_only(namespace: kit.Namespace) -> None:
+    namespace.claim("state", "ReadWriteOnce")  # so that both stages are on one node
+    claim = kit.wait_for("the claim is bound", lambda: bound(namespace, "state"))
+    spec = kit.spec(2, 1500, checkpoint=CHECKPOINT)
+    run = kit.Job(namespace, "full", spec)
+    with faults.small_volume(claim, "2m") as remount:  # holds two checkpoints, and not a third
+        run.create()
+        full = run.wait("Checkpointed", "False", "CheckpointFailed")
+        assert "No space left on device" in full["message"]
+        assert "the newest is of step 20" in full["message"]
+        remount("size=64m")
+        run.wait("Checkpointed", "True", "Saved")
+        remount("ro")
+        read_only = run.wait("Checkpointed", "False", "CheckpointFailed")
+        assert "Read-only file system" in read_only["message"]
+        remount("rw")
+        run.wait_succeeded()
+    assert run.status["restarts"] == 0
+    assert run.status["progress"]["lastCheckpointStep"] == 1500
+
+
+def bound(namespace: kit.Namespace, claim: str) -> str:
+    """Name of a claim's volume, empty before it has one."""
+    return str(kit.get("pvc", claim, "-n", namespace.name)["spec"].get("volumeName", ""))
 
 
 MAKE_LLAMA = """

@@ -30,7 +30,8 @@ def _draw_row(logits: torch.Tensor, sampling: Sampling, position: int, best: int
     logprobs = logits.double().log_softmax(0)
     count = min(sampling.top_logprobs, logits.numel())
     order = torch.sort(logprobs, descending=True, stable=True).indices[:count].tolist() if count else []
-    return Drawn(token, float(logprobs[token]), tuple((index, float(logprobs[index])) for index in order))
+    named = ((index, float(logprobs[index])) for index in order)
+    return Drawn(token, float(logprobs[token]), tuple(one for one in named if one[1] > -torch.inf))
 
 
 def _sample(logits: torch.Tensor, sampling: Sampling, position: int) -> int:

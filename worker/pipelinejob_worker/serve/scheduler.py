@@ -43,6 +43,16 @@ class Limits:
     accepted_tokens: int
     """Most tokens of all unfinished requests, prompts and largest outputs together."""
 
+    @property
+    def request_tokens(self) -> int:
+        """Most tokens of one request."""
+        return min(self.context, self.cache_tokens, self.accepted_tokens)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Most tokens of a request that has the whole cache; the last one is emitted and never read."""
+        return self.blocks * BLOCK + 1
+
 
 @dataclass(frozen=True)
 class Request:
@@ -233,10 +243,9 @@ class Scheduler:
 
     def _refuse(self, request: Request) -> Refusal | None:
         limits, total = self.limits, request.most_tokens
-        capacity = limits.blocks * BLOCK
         for limit, what in (
             (limits.context, "the context of the model"),
-            (capacity + 1, "the key-value cache"),  # the last token is emitted and never read
+            (limits.cache_tokens, "the key-value cache"),
             (limits.accepted_tokens, "all that is accepted at a time"),
         ):
             if total > limit:

@@ -67,7 +67,7 @@ class Ready(Wire):
     kind: Literal["ready"] = "ready"
     epoch: int = Field(ge=0, description="Of the group; larger than that of every group before.")
     vocabulary: int = Field(ge=1, description="Token ids are below it.")
-    context: int = Field(ge=1, description="Most tokens of a request, prompt and output together.")
+    context: int = Field(ge=1, description="Most tokens of a request, prompt and output together, that can ever fit.")
     deterministic: bool = Field(description="Whether tokens do not depend on other requests, splits or restarts.")
 
 

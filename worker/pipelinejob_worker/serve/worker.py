@@ -32,7 +32,8 @@ class Service:
     accepted_tokens: int
     deterministic: bool
     batches: int = 0
-    """Most batches in flight; 0 is one more than there are stages, which hides the time of a hop."""
+    """Most batches in flight; 0 is as many as there are stages. One more hides the time of a hop, but all are smaller,
+    and a stage reads its weights once for each: only where a hop takes long does it pay."""
 
 
 def serve(
@@ -63,14 +64,14 @@ def serve(
         limits = Limits(
             blocks=ring.blocks,
             context=service.context,
-            batches=service.batches or member.stages + (member.stages > 1),
+            batches=service.batches or member.stages,
             batch_tokens=service.batch_tokens,
             accepted_tokens=service.accepted_tokens,
         )
         ready = Ready(
             epoch=member.epoch,
             vocabulary=service.vocabulary,
-            context=service.context,
+            context=limits.request_tokens,
             deterministic=service.deterministic,
         )
         leader = Leader(layers, ring, ready, limits, decode)

@@ -192,7 +192,7 @@ def test_strangers_and_stages_of_another_epoch_are_passed_over() -> None:
 
 
 def test_stages_with_different_models_do_not_form_a_group() -> None:
-    meeting = Meeting(3, seconds=2)
+    meeting = Meeting(3, seconds=0.5)
     found = meeting.form([1, 1, 1], models={2: "other"})
     assert type(found[0]) is HopError  # without it nothing runs
     assert "stage 1 serves 'model' and stage 2 'other'" in str(found[2])

@@ -86,3 +86,9 @@ def test_a_row_that_is_not_finite_gives_no_token_and_others_do() -> None:
     rows[3, 0] = -torch.inf  # a token that the model rules out
     drawn = draw(rows, [Sampling(temperature=0)] * 4, [0] * 4)
     assert [one.token for one in drawn] == [0, None, None, 2]
+
+
+def test_tokens_that_the_model_rules_out_are_no_alternatives() -> None:
+    logits = torch.tensor([[0.0, -torch.inf, -torch.inf]])
+    (drawn,) = draw(logits, [Sampling(logprobs=True, top_logprobs=3)], [0])
+    assert (drawn.token, drawn.logprob, drawn.alternatives) == (0, 0.0, ((0, 0.0),))

@@ -287,3 +287,16 @@ def test_the_larger_priority_is_admitted_first_and_equal_ones_in_their_order() -
             engine.send()
     engine.finish()
     assert list(engine.ended) == ["running", "urgent", "a", "b"]
+
+
+def test_requests_that_generate_advance_alike() -> None:
+    engine = Engine(limits(batches=2, batch_tokens=4))
+    for key in range(7):
+        engine.submit(request(key, 1, 100))
+    for _ in range(60):
+        while engine.send():
+            pass
+        engine.receive()
+    lengths = [len(output) for output in engine.outputs.values()]
+    assert min(lengths) >= 60 // 2 - 2
+    assert max(lengths) - min(lengths) <= 1

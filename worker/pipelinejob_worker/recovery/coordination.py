@@ -93,7 +93,8 @@ class Channel:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._writer.close()
         try:
-            await asyncio.wait_for(self._writer.wait_closed(), SILENCE_SECONDS)
+            async with asyncio.timeout(SILENCE_SECONDS):
+                await self._writer.wait_closed()
         except (OSError, TimeoutError):
             self._writer.transport.abort()
 
@@ -243,4 +244,5 @@ class Member:
     async def _leave(self, reason: str) -> None:
         plan, self._plan = self._plan, None
         if plan:
+            log.info("leaving an incarnation", incarnation=str(plan.incarnation), reason=reason)
             await self._stage.abort(plan.incarnation, reason)

@@ -123,7 +123,6 @@ class PieceServer:
         self.reserved: set[Piece] = set()
         """Pieces whose copies are kept in the present incarnation."""
 
-        self._accepting: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
         self.traffic = Traffic()
 
@@ -131,7 +130,7 @@ class PieceServer:
         """Listen; return the port."""
         self._listener = socket.create_server((host, port), backlog=128)
         self._listener.setblocking(False)
-        self._accepting = asyncio.create_task(self._accept(self._listener))
+        asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener)
         bound: int = self._listener.getsockname()[1]
         return bound
 
@@ -146,27 +145,26 @@ class PieceServer:
 
     async def stop(self) -> None:
         """Stop listening, and cut off all transfers."""
-        if self._accepting and self._listener:
-            await _cancel([self._accepting])
+        if self._listener:
+            asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()
         await _cancel(list(self._tasks))
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, _ = await loop.sock_accept(listener)
-            except OSError as error:  # no descriptor left, or the client has gone meanwhile
-                log.warning("connection not accepted", error=str(error))
-                await asyncio.sleep(0.1)
-                continue
-            task = asyncio.create_task(self._serve(Connection(connection, self.traffic)))
-            self._tasks[task] = None
-            task.add_done_callback(self._tasks.pop)
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            connection, _ = listener.accept()
+        except OSError as error:  # no descriptor left, or the client has gone meanwhile: the loop calls again
+            log.warning("connection not accepted", error=str(error))
+            return
+        task = asyncio.create_task(self._serve(Connection(connection, self.traffic)))
+        self._tasks[task] = None
+        task.add_done_callback(self._tasks.pop)
 
     async def _serve(self, connection: Connection) -> None:
         try:
-            greeting = Greeting.model_validate_json(await connection.receive())
+            if not (data := await connection.receive()):
+                return
+            greeting = Greeting.model_validate_json(data)
             if refusal := await self._refusal(greeting):
                 log.warning("transfer refused", rank=greeting.rank, reason=refusal)
                 await connection.send(Answer(result="refused", reason=refusal))
@@ -381,12 +379,14 @@ async def _all_or_none() -> AsyncIterator[asyncio.TaskGroup]:
         async with asyncio.TaskGroup() as group:
             yield group
     except BaseExceptionGroup as failures:
+        task = asyncio.current_task()
+        if task and task.cancelling():  # failures of the group would hide it
+            raise asyncio.CancelledError from None
         raise failures.exceptions[0] from None
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
-    for task in tasks:
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    if tasks:
+        await asyncio.wait(tasks)

@@ -39,6 +39,9 @@ class Coordinator:
         self._listen = listen
         self._joins: dict[int, Join] = {}
         self._planned: Incarnation | None = None
+        self._participants = world_size
+        """Ranks of the planned incarnation, those that only give what they hold included."""
+
         self._applied: set[int] = set()
         self._newest = Incarnation(epoch, 0)
         self.started = False
@@ -48,7 +51,7 @@ class Coordinator:
     @property
     def missing(self) -> list[int]:
         """Ranks that have not joined the attempt that is being gathered."""
-        return [] if self._planned else [rank for rank in range(self._world_size) if rank not in self._joins]
+        return [] if self._planned else [rank for rank in range(self._expected()) if rank not in self._joins]
 
     @property
     def first_cause(self) -> Failure | None:
@@ -61,15 +64,17 @@ class Coordinator:
             return Refused(reason=f"job {join.job_uid} is not job {self._job_uid}")
         if join.epoch != self._epoch:
             return Refused(reason=f"epoch {join.epoch} is not {self._epoch}")
-        if join.world_size != self._world_size or join.rank >= self._world_size:
-            return Refused(reason=f"rank {join.rank} of {join.world_size} is none of {self._world_size}")
+        if join.world_size != self._world_size or not self._world_size <= join.present or join.rank >= join.present:
+            return Refused(
+                reason=f"rank {join.rank} of {join.world_size}, {join.present} present, is none of {self._world_size}"
+            )
         return None
 
     def join(self, join: Join) -> Outgoing:
         """A rank has joined, which ``refusal`` allows; a rank that had joined before has begun anew."""
         outgoing = self._break(Failure(join.rank, "it has begun anew", own=True)) if self._planned else {}
         self._joins[join.rank] = join
-        if len(self._joins) == self._world_size:
+        if not self.missing:
             return self._plan()
         return {rank: message for rank, message in outgoing.items() if rank != join.rank}
 
@@ -78,10 +83,10 @@ class Coordinator:
         if message.incarnation != self._planned or self.started:
             return {}
         self._applied.add(rank)
-        if len(self._applied) < self._world_size:
+        if len(self._applied) < self._participants:
             return {}
         self.started = True
-        return dict.fromkeys(range(self._world_size), Start(incarnation=self._planned))
+        return dict.fromkeys(range(self._participants), Start(incarnation=self._planned))
 
     def broken(self, rank: int, message: Broken) -> Outgoing:
         """A rank's part of an incarnation has ended; it will join again."""
@@ -95,13 +100,20 @@ class Coordinator:
 
     def gone(self, rank: int, reason: str) -> Outgoing:
         """The connection to a rank that had joined has ended."""
-        if self._planned:
-            return self._break(Failure(rank, reason, own=True))
         self._joins.pop(rank, None)
+        needed = self._world_size if self.started else self._participants
+        if self._planned and rank < needed:
+            return self._break(Failure(rank, reason, own=True))
         return {}
 
+    def _expected(self) -> int:
+        """How many ranks to wait for: those that leave too, unless a member needs nothing of them any more."""
+        present = [join.present for join in self._joins.values() if join.rank < self._world_size]
+        return min(present, default=self._world_size)
+
     def _plan(self) -> Outgoing:
-        joins = [self._joins[rank] for rank in range(self._world_size)]
+        self._participants = self._expected()
+        joins = [self._joins[rank] for rank in range(self._participants)]
         lineage = Lineage().joined(join.lineage for join in joins)
         seen = [join.last.attempt for join in joins if join.last.epoch == self._epoch]
         incarnation = Incarnation(self._epoch, 1 + max([self._newest.attempt, *seen]))
@@ -113,7 +125,7 @@ class Coordinator:
             lineage=lineage.rolled_back(incarnation, step or 0),
             holdings=holdings,
             addresses=[join.address for join in joins],
-            guards=copy_holders([join.node for join in joins]),
+            guards=copy_holders([join.node for join in joins[: self._world_size]]),
             rendezvous_port=self._listen(incarnation),
         )
         self._joins.clear()
@@ -121,7 +133,7 @@ class Coordinator:
         self._applied.clear()
         self.started = False
         self.failures = []
-        return dict.fromkeys(range(self._world_size), plan)
+        return dict.fromkeys(range(self._participants), plan)
 
     def _break(self, failure: Failure) -> Outgoing:
         """End the planned incarnation: all are to leave it, also who broke it."""
@@ -130,4 +142,4 @@ class Coordinator:
         self.failures.append(failure)
         self._planned = None
         self.started = False
-        return dict.fromkeys(range(self._world_size), abort)
+        return dict.fromkeys(range(self._participants), abort)

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -42,6 +41,9 @@ class Keeper:
         self._server = PieceServer(self.store, job_uid)
         self._client = PieceClient(self.store, job_uid, rank)
         self._plan: Plan | None = None
+        self._settled_epoch = 0
+        """The newest epoch in which everything that it needs is where it belongs."""
+
         self._guarding: asyncio.Task[None] | None = None
         self.guard_problem = ""
         """Why the newest snapshot is not at the guard, empty if it is or is still on its way."""
@@ -77,13 +79,17 @@ class Keeper:
         memory.save(self._directory, new)
         self.memory = new
 
-    def join(self, *, epoch: int, world_size: int, node: str, address: Address) -> Join:
-        """Return what this rank tells the coordinator."""
+    def join(self, *, epoch: int, world_size: int, leaving: int, node: str, address: Address) -> Join:
+        """Return what this rank tells the coordinator.
+
+        ``leaving``: how many agents have ranks from ``world_size`` on, and only give what they hold.
+        """
         return Join(
             job_uid=self._job_uid,
             epoch=epoch,
             rank=self._rank,
             world_size=world_size,
+            present=world_size if self._settled_epoch == epoch else world_size + leaving,
             node=node,
             address=address,
             last=self.memory.incarnation,
@@ -122,17 +128,19 @@ class Keeper:
         if self._plan.step is None or step > self._plan.step:
             own = {held.piece for held in self.store.held() if held.step == step and not held.copied}
             self.store.retain(own, self._server.reserved)
+            self._settled_epoch = self._plan.incarnation.epoch
         if self._guarding:
             self._guarding.cancel()
         self._guarding = asyncio.create_task(self._guard(self._plan, step))
 
     async def leave(self) -> None:
         """The incarnation is over: send no more copies of it."""
-        if self._guarding:
-            self._guarding.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._guarding
-            self._guarding = None
+        guarding, self._guarding = self._guarding, None
+        if guarding:
+            guarding.cancel()
+            await asyncio.wait([guarding])
+            if not guarding.cancelled():
+                guarding.result()
 
     async def _guard(self, plan: Plan, step: int) -> None:
         guard = plan.guards[self._rank]

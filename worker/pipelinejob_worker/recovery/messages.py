@@ -24,13 +24,18 @@ Port = Annotated[int, Field(ge=0, lt=65_536)]
 
 
 class Join(Wire):
-    """A rank is there, has no worker in a group, and holds these pieces."""
+    """A rank is there, has no worker in a group, and holds these pieces.
+
+    Ranks from ``world_size`` on are leaving: they only give what they hold, and are not waited for any more once a
+    member says that ``present`` is ``world_size``.
+    """
 
     kind: Literal["join"] = "join"
     job_uid: str = Field(max_length=128)
     epoch: int = Field(ge=1)
     rank: Rank
-    world_size: int = Field(ge=1, le=MAX_RANKS)
+    world_size: int = Field(ge=1, le=MAX_RANKS, description="Ranks that train.")
+    present: int = Field(ge=1, le=MAX_RANKS, description="Ranks that must join, those that leave included.")
     node: str = Field("", max_length=253)
     address: Address = Field(description="Where this rank serves its pieces.")
     last: Incarnation = Field(description="The newest incarnation whose plan this rank has applied.")
@@ -66,11 +71,13 @@ class Plan(Wire):
 
     kind: Literal["plan"] = "plan"
     incarnation: Incarnation
-    step: int | None = Field(ge=0, description="Finished steps to go on from; None: the checkpoint, or the beginning.")
+    step: int | None = Field(
+        None, ge=0, description="Finished steps to go on from; None: the checkpoint, or the beginning."
+    )
     lineage: Lineage
     holdings: list[Holding] = Field(max_length=2 * MAX_PIECES, description="Who holds what of that step.")
     addresses: list[Address] = Field(max_length=MAX_RANKS, description="Where each rank serves its pieces.")
-    guards: list[Rank | None] = Field(max_length=MAX_RANKS, description="Which rank guards each one.")
+    guards: list[Rank | None] = Field(max_length=MAX_RANKS, description="Which rank guards each one that trains.")
     rendezvous_port: Port = Field(description="Where rank 0 listens for the process group.")
 
 

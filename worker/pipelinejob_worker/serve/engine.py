@@ -144,16 +144,16 @@ class Leader:
         return max(0.0, (tick if deadline is None else min(tick, deadline)) - time.monotonic())
 
     def _take(self, seconds: float) -> bool:
-        """Handle all that has come, waiting at most ``seconds`` for the first; False once asked to stop."""
+        """Handle what has come by now, waiting at most ``seconds`` for the first; False once asked to stop."""
         try:
-            message = self._inbox.get(timeout=seconds) if seconds else self._inbox.get_nowait()
-            while True:
+            for place in range(max(1, self._inbox.qsize())):
+                message = self._inbox.get(timeout=seconds) if seconds and not place else self._inbox.get_nowait()
                 if message is None:
                     return False
                 self._handle(message)
-                message = self._inbox.get_nowait()
         except queue.Empty:
-            return True
+            pass
+        return True
 
     def _handle(self, message: _Message) -> None:
         if isinstance(message, _Broken):

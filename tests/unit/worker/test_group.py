@@ -48,6 +48,12 @@ def test_the_cause_counts_not_its_wrapper() -> None:
     assert is_link_error(PeerLostError("stage 0"))
 
 
+def test_errors_that_were_raised_from_each_other_end_the_search() -> None:
+    error, wrapper = ValueError("a tensor is missing"), RuntimeError("loading failed")
+    error.__cause__, wrapper.__cause__ = wrapper, error
+    assert not is_link_error(error)
+
+
 def _join_a_taken_port() -> str:
     with socket.socket() as taken:
         taken.bind(("", 0))

@@ -184,8 +184,11 @@ def is_link_error(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error, what it was raised from, and so on down to the cause."""
-    return [error, *(_chain(error.__cause__) if error.__cause__ else [])]
+    """The error, what it was raised from, and so on down to the cause; chains of libraries may end where they began."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and not any(cause is link for link in chain):
+        chain.append(cause)
+    return chain
 
 
 def _cause(error: BaseException) -> str:

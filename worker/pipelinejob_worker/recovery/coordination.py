@@ -196,6 +196,11 @@ class Member:
         self.refused = ""
         """Why the coordinator has not let this rank join, empty after it has."""
 
+    @property
+    def incarnation(self) -> Incarnation | None:
+        """The incarnation that this rank is in; None while the next one is being agreed on."""
+        return self._plan.incarnation if self._plan else None
+
     async def run(self) -> None:
         """Take part until cancelled, whatever happens to the coordinator."""
         while True:

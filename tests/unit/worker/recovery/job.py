@@ -59,14 +59,17 @@ class Group:
 
 
 class Relay:
-    """Carries the lines between a member and its coordinator, tells of them, and can fall silent both ways."""
+    """Carries the lines between a member and its coordinator, tells of them, and can be cut both ways."""
 
     def __init__(self, rank: int, target: Address, hook: Hook) -> None:
         self._rank = rank
         self._target = target
         self._hook = hook
         self._tasks: set[asyncio.Task[None]] = set()
-        self.silent = False
+        self.open = asyncio.Event()
+        """While it is not set nothing is carried, as on a network that is cut."""
+
+        self.open.set()
 
     async def start(self) -> Address:
         self._server = await asyncio.start_server(self._accept, HOST, 0, limit=1 << 24)
@@ -106,8 +109,7 @@ class Relay:
         with suppress(OSError):
             while line := await reader.readline():
                 kind = json.loads(line)["kind"]
-                if self.silent:
-                    continue
+                await self.open.wait()
                 if kind != "beat":
                     self._hook(self._rank, direction, kind, False)
                 writer.write(line)
@@ -194,6 +196,7 @@ class Agent:
     async def abort(self, incarnation: Incarnation, reason: str) -> None:
         await self._stop_worker()
         await self.keeper.leave()
+        self.job.notify_moved()
 
     async def _stop_worker(self) -> None:
         if self._worker:
@@ -374,6 +377,9 @@ class Job:
 
     def note_plan(self, plan: Plan) -> None:
         self.redone = max(self.redone, self.committed - (plan.step or 0))
+        self.notify(self._moved)
+
+    def notify_moved(self) -> None:
         self.notify(self._moved)
 
     def notify(self, condition: asyncio.Condition) -> None:

@@ -1,6 +1,7 @@
 """Real agents that coordinate, copy and recover, killed at every message: the states are those of a calm run."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import product
@@ -138,17 +139,17 @@ async def test_a_second_death_at_any_message_of_a_recovery(memory: Path, way: st
 
 
 async def test_a_cut_network_is_noticed_by_silence_and_heals(memory: Path) -> None:
-    async with running(memory, last_step=30) as job:
-        await job.until_step(4)
+    async with running(memory) as job:
+        job.hold_at = 5
+        await job.until_held()
         relay = job.agents[2].relay
         assert relay
-        started = asyncio.get_running_loop().time()
-        plans = len(job.agents[1].plans)
-        relay.silent = True
-        await asyncio.sleep(1.5)
-        relay.silent = False
-        await job.until(lambda: len(job.agents[1].plans) > plans)
-        assert asyncio.get_running_loop().time() - started < 6
+        relay.open.clear()
+        started = time.monotonic()
+        await job.until(lambda: job.agents[1].member.incarnation is None)
+        assert 0.9 < time.monotonic() - started < 3
+        relay.open.set()
+        job.release()
         await job.until_end()
         assert job.undisturbed
         assert job.redone <= 1
@@ -159,12 +160,12 @@ async def test_a_frozen_pod_that_thaws_after_its_replacement_has_joined_does_no_
         await job.until_step(4)
         zombie = job.agents[2]
         assert zombie.relay
-        zombie.relay.silent = True
+        zombie.relay.open.clear()
         job.agents.pop()
         await job.new_epoch(ranks=3)
         step = job.committed
         await job.until_step(step + 5)
-        zombie.relay.silent = False
+        zombie.relay.open.set()
         zombie.relay._target = job.coordinator
         await job.until(lambda: "epoch 1 is not 2" in zombie.member.refused)
         await job.until_end()

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import socket
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
@@ -213,7 +213,7 @@ class PieceServer:
 
     async def _take(self, connection: Connection, put: Put) -> None:
         held = put.held.model_copy(update={"copied": True})
-        if held in self._store.held():
+        if self._store.holds(held):
             await connection.send(Answer(result="held"))
             return
         async with self._sole_writer(held.piece):
@@ -241,7 +241,7 @@ class PieceServer:
 
     async def _give(self, connection: Connection, get: Get) -> None:
         held = get.held
-        if held not in self._store.held():
+        if not self._store.holds(held):
             raise SlotMissingError(f"piece {held.piece} of step {held.step}, by {held.written}, is not held")
         payload, checksum = self._store.read(held.piece, held.step, copied=held.copied, verify=False)
         await connection.send(Answer(result="found", size=len(payload), checksum=checksum))
@@ -255,6 +255,8 @@ class PieceClient:
         self._store = store
         self._job_uid = job_uid
         self._rank = rank
+        self._reserved: Reserve | None = None
+        self._reserved_by: tuple[Address, Incarnation] | None = None
         self.traffic = Traffic()
 
     async def guard(
@@ -272,8 +274,10 @@ class PieceClient:
         """
         route = _Route(address, incarnation, Pacer(bytes_per_second), connections)
         reserve = Reserve(pieces=[Sized(piece=held.piece, size=held.size) for held in pieces])
-        async with self._connected(route) as connection:
-            await self._request(connection, reserve)
+        if (self._reserved, self._reserved_by) != (reserve, (address, incarnation)):
+            async with self._connected(route) as connection:
+                await self._request(connection, reserve)
+            self._reserved, self._reserved_by = reserve, (address, incarnation)
 
         async def send(connection: Connection, held: Held) -> None:
             payload, checksum = self._store.read(held.piece, held.step, copied=False, verify=False)
@@ -301,11 +305,11 @@ class PieceClient:
         for fetch in fetches:
             by_source[fetch.source].append(fetch.held)
         local = by_source.pop(self._rank, [])
-        async with _all_or_none() as transfers:
-            transfers.create_task(asyncio.to_thread(self._promote, local))
-            for source, pieces in by_source.items():
-                route = _Route(addresses[source], incarnation, Pacer(0), connections)
-                transfers.create_task(self._in_parallel(route, pieces, self._get))
+        transfers: list[Coroutine[None, None, None]] = [_in_thread(self._promote, local)]
+        for source, pieces in by_source.items():
+            route = _Route(addresses[source], incarnation, Pacer(0), connections)
+            transfers.append(self._in_parallel(route, pieces, self._get))
+        await _all(transfers)
 
     async def _get(self, connection: Connection, held: Held) -> None:
         found = await self._request(connection, Get(held=held))
@@ -340,9 +344,7 @@ class PieceClient:
                 while left:
                     await move(connection, left.pop())
 
-        async with _all_or_none() as transfers:
-            for _ in range(min(route.connections, len(left))):
-                transfers.create_task(work())
+        await _all([work() for _ in range(min(route.connections, len(left)))])
 
     @asynccontextmanager
     async def _connected(self, route: _Route) -> AsyncIterator[Connection]:
@@ -372,17 +374,30 @@ class PieceClient:
         return answer
 
 
-@asynccontextmanager
-async def _all_or_none() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group whose first failure is raised as it is, after the other tasks have ended."""
+async def _all(work: Sequence[Coroutine[None, None, None]]) -> None:
+    """Do everything at once; the first failure ends the rest and is raised.
+
+    Unlike a TaskGroup this never lets a failure hide that the caller has been cancelled.
+    """
+    tasks = [asyncio.create_task(each) for each in work]
+    if not tasks:
+        return
     try:
-        async with asyncio.TaskGroup() as group:
-            yield group
-    except BaseExceptionGroup as failures:
-        task = asyncio.current_task()
-        if task and task.cancelling():  # failures of the group would hide it
-            raise asyncio.CancelledError from None
-        raise failures.exceptions[0] from None
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        await _cancel(tasks)
+    for task in done:
+        task.result()
+
+
+async def _in_thread(function: Callable[..., None], *arguments: object) -> None:
+    """Run in a thread; when cancelled, wait for its end, so that nothing writes to slots behind the caller's back."""
+    thread = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        await asyncio.wait([thread])
+        raise
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:

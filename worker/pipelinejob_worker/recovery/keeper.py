@@ -10,6 +10,7 @@ from pipelinejob_worker.recovery import memory
 from pipelinejob_worker.recovery.agreement import assign
 from pipelinejob_worker.recovery.copies import PieceClient, PieceServer
 from pipelinejob_worker.recovery.messages import Join, Plan
+from pipelinejob_worker.recovery.pieces import Incarnation
 from pipelinejob_worker.recovery.slots import SlotStore
 from pipelinejob_worker.recovery.transport import Address, TransferError
 
@@ -41,8 +42,8 @@ class Keeper:
         self._server = PieceServer(self.store, job_uid)
         self._client = PieceClient(self.store, job_uid, rank)
         self._plan: Plan | None = None
-        self._settled_epoch = 0
-        """The newest epoch in which everything that it needs is where it belongs."""
+        self._settled: Incarnation | None = None
+        """The newest incarnation in which everything has been guarded where it belongs."""
 
         self._guarding: asyncio.Task[None] | None = None
         self.guard_problem = ""
@@ -89,7 +90,7 @@ class Keeper:
             epoch=epoch,
             rank=self._rank,
             world_size=world_size,
-            present=world_size if self._settled_epoch == epoch else world_size + leaving,
+            present=world_size if self._settled and self._settled.epoch == epoch else world_size + leaving,
             node=node,
             address=address,
             last=self.memory.incarnation,
@@ -125,10 +126,10 @@ class Keeper:
         splits and incarnations is given up.
         """
         assert self._plan
-        if self._plan.step is None or step > self._plan.step:
+        if step > (self._plan.step or 0) and self._settled != self._plan.incarnation:
             own = {held.piece for held in self.store.held() if held.step == step and not held.copied}
             self.store.retain(own, self._server.reserved)
-            self._settled_epoch = self._plan.incarnation.epoch
+            self._settled = self._plan.incarnation
         if self._guarding:
             self._guarding.cancel()
         self._guarding = asyncio.create_task(self._guard(self._plan, step))

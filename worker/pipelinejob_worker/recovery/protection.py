@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 PATIENCE_VOTES = 20
 """Votes in a row, with a snapshot due, after which copies are given up until all ranks are guarded again."""
 
+GUARD_WAIT_SECONDS = 2.0
+"""How long a vote waits for the guard where a snapshot is due."""
+
 SHARE_OF_TIME = 0.03
 """Most that snapshots may cost, as a share of the training time."""
 
@@ -41,8 +44,12 @@ class Protection:
         """Return how many of ``step`` finished steps the loss of a node would cost, with the one being computed."""
         return step - (self.guarded or 0)
 
+    def wait_seconds(self, step: int) -> float:
+        """Return how long the vote that computes ``step`` may wait for the guard; once in vain is enough."""
+        return GUARD_WAIT_SECONDS if self.snapshot is not None and self.due(step) and not self.denied else 0.0
+
     def due(self, step: int) -> bool:
-        """Whether the state after ``step`` steps should be kept; then it pays to wait a little for the guard."""
+        """Whether the state after ``step`` steps should be kept."""
         return self.snapshot is None or step - self.snapshot >= self.interval
 
 

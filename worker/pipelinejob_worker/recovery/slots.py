@@ -168,6 +168,11 @@ class SlotStore:
         valid = [header.describe(place) for place in self._places() if (header := self._header(place))]
         return sorted(valid, key=lambda held: (held.copied, held.piece, held.step))
 
+    def holds(self, held: Held) -> bool:
+        """Whether exactly this is in a valid slot."""
+        places = [Place(held.copied, held.piece, slot) for slot in range(SLOTS)]
+        return any(header.describe(place) == held for place in places if (header := self._header(place)))
+
     def read(self, piece: Piece, step: int, *, copied: bool, verify: bool = True) -> tuple[memoryview, int]:
         """Return the payload, which is the slot's own memory, and its CRC-32.
 

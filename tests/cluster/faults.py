@@ -6,14 +6,16 @@ Each fault is a context manager: inside it holds, afterwards all is well again.
     with faults.feature_gates(RestartAllContainersOnContainerExits=False): ...
     with faults.cut("10.244.1.2", "10.244.2.2"): ...
     with faults.slow("10.244.1.2", "10.244.2.2", "10mbit"): ...
-    with faults.small_volume("shared-3", "2m") as remount: remount("ro")
+    with faults.small_volume("shared-3", "2m") as volume: volume.resize("8m")
 """
 
 import json
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 from tests.cluster import commands, control_plane, images, lifecycle, network, settings, volumes
 from tests.cluster.errors import ClusterError
@@ -89,28 +91,39 @@ def cut(first: str, second: str) -> Iterator[None]:
         commands.run("nft", "delete", "element", *CUT_SET.split(), pairs)
 
 
+@dataclass(frozen=True)
+class SmallVolume:
+    """A file system of its own in the place of a shared volume, on every node."""
+
+    directory: Path
+    machines: Sequence[Node]
+
+    def run(self, *argv: str) -> None:
+        """Run a command with the volume's directory as its last argument, on all nodes."""
+        for machine in self.machines:
+            commands.run(*machine.inside(*argv, self.directory))
+
+    def resize(self, size: str) -> None:
+        """Change how much it holds."""
+        self.run("mount", "--no-mtab", "-o", f"remount,size={size}")
+
+    def allow_writing(self, allowed: bool) -> None:
+        """Let nobody but root make or delete anything in it, or everybody."""
+        self.run("chmod", "0777" if allowed else "0555")
+
+
 @contextmanager
-def small_volume(name: str, size: str) -> Iterator[Callable[[str], None]]:
+def small_volume(name: str, size: str) -> Iterator[SmallVolume]:
     """Put an empty file system of ``size`` (as tmpfs writes it: ``2m``) in the place of a shared volume.
 
-    Each node has one of its own, so the volume's pods must share a node. Yields a function that remounts it with other
-    options, such as ``size=8m``, ``ro`` or ``rw``.
+    Each node has one of its own, so the volume's pods must share a node.
     """
-    directory = volumes.ROOT / name
-    machines = lifecycle.nodes(lifecycle.running().nodes)
-
-    def remount(options: str) -> None:
-        for machine in machines:
-            commands.run(*machine.inside("mount", "--no-mtab", "-o", f"remount,{options}", directory))
-
-    for machine in machines:
-        options = f"size={size},mode=0777"
-        commands.run(*machine.inside("mount", "--no-mtab", "-t", "tmpfs", "-o", options, "tmpfs", directory))
+    volume = SmallVolume(volumes.ROOT / name, lifecycle.nodes(lifecycle.running().nodes))
+    volume.run("mount", "--no-mtab", "-t", "tmpfs", "-o", f"size={size},mode=0777", "tmpfs")
     try:
-        yield remount
+        yield volume
     finally:
-        for machine in machines:
-            commands.run(*machine.inside("umount", "--no-mtab", "--lazy", directory))
+        volume.run("umount", "--no-mtab", "--lazy")
 
 
 def _hardware_address(address: str) -> str:

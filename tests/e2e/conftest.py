@@ -13,14 +13,17 @@ from tests.e2e import kit
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def install(*values: str, root: Path = ROOT, tag: str = "") -> None:
-    """Install or upgrade the chart of the project in ``root`` and wait until the operator is ready."""
+def install(*values: str, root: Path = ROOT, suffix: str = "") -> None:
+    """Install or upgrade the chart of the project in ``root`` and wait until the operator is ready.
+
+    ``suffix``: of the images' names, for programs other than this tree's.
+    """
     worker, _, worker_tag = kit.WORKER_IMAGE.rpartition(":")
     images = {
-        "operator.image.repository": f"{worker.rpartition('/')[0]}/operator",
-        "operator.image.tag": tag or worker_tag,
-        "worker.image.repository": worker,
-        "worker.image.tag": tag or worker_tag,
+        "operator.image.repository": f"{worker.rpartition('/')[0]}/operator{suffix}",
+        "operator.image.tag": worker_tag,
+        "worker.image.repository": worker + suffix,
+        "worker.image.tag": worker_tag,
     }
     subprocess.run(
         [

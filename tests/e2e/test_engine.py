@@ -76,22 +76,22 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_status_says_so(namespace: k
     assert tuple(run.losses("state")) == of_one_process(spec)
 
 
-def test_training_goes_on_while_the_volume_is_full_or_read_only(namespace: kit.Namespace) -> None:
+def test_training_goes_on_while_the_volume_is_full_or_forbids_writing(namespace: kit.Namespace) -> None:
     namespace.claim("state", "ReadWriteOnce")  # so that both stages are on one node
     claim = kit.wait_for("the claim is bound", lambda: bound(namespace, "state"))
     spec = kit.spec(2, 1500, checkpoint=CHECKPOINT)
     run = kit.Job(namespace, "full", spec)
-    with faults.small_volume(claim, "2m") as remount:  # holds two checkpoints, and not a third
+    with faults.small_volume(claim, "2m") as volume:  # holds two checkpoints, and not a third
         run.create()
         full = run.wait("Checkpointed", "False", "CheckpointFailed")
         assert "No space left on device" in full["message"]
         assert "the newest is of step 20" in full["message"]
-        remount("size=64m")
+        volume.resize("64m")
         run.wait("Checkpointed", "True", "Saved")
-        remount("ro")
-        read_only = run.wait("Checkpointed", "False", "CheckpointFailed")
-        assert "Read-only file system" in read_only["message"]
-        remount("rw")
+        volume.allow_writing(False)
+        forbidden = run.wait("Checkpointed", "False", "CheckpointFailed")
+        assert "Permission denied" in forbidden["message"]
+        volume.allow_writing(True)
         run.wait_succeeded()
     assert run.status["restarts"] == 0
     assert run.status["progress"]["lastCheckpointStep"] == 1500
@@ -181,7 +181,7 @@ FAULTS = {
     "tokenizer": (
         "import json, pathlib; path = pathlib.Path('/volume/llama/tokenizer.json'); t = json.loads(path.read_text()); "
         "t['model']['vocab'] |= {f'added{n}': 300 + n for n in range(9)}; path.write_text(json.dumps(t))",
-        ("spec.train.data.tokenizer", "300"),
+        ("spec.train.data.tokenizer", "ids up to 308; allowed: ids up to 299"),
     ),
 }
 

@@ -1,20 +1,25 @@
 """An upgrade in mid-job: the operator of this tree takes over stages that the release before it has started."""
 
-import os
+import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipelinejob_worker.protocol import PROTOCOL_VERSION
+from tests.cluster import images, lifecycle
 from tests.e2e import kit
 from tests.e2e.conftest import ROOT, install
 from tests.e2e.losses import undisturbed
 
 PROTOCOL_FILE = "worker/pipelinejob_worker/protocol/environment.py"
-TAG = "before"
+SUFFIX = "-before"
+PACKAGES = {
+    "operator": ("operator/pipelinejob_operator", "worker/pipelinejob_worker"),
+    "worker": ("worker/pipelinejob_worker",),
+}
+PROJECT = "/opt/pipelinejob"
 
 
 def git(*arguments: str) -> str:
@@ -23,27 +28,46 @@ def git(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The tree of the last commit of the protocol version before this one, its images on every node."""
+    """The tree of the last commit of the protocol version before this one, its programs on every node.
+
+    Its images are those of this tree with the project's own layer replaced: the dependencies are gigabytes that every
+    node would have to hold twice.
+    """
     raised = git("log", "--format=%H", f"-SPROTOCOL_VERSION = {PROTOCOL_VERSION}\n", "--", PROTOCOL_FILE).split()[-1]
-    tree = tmp_path_factory.mktemp("before") / "tree"
+    work = tmp_path_factory.mktemp("before")
+    tree = work / "tree"
     git("worktree", "add", "--detach", str(tree), f"{raised}~1")
     try:
-        environment = os.environ | {"IMAGE_TAG": TAG, "PYTHONPATH": str(tree)}
-        subprocess.run([sys.executable, "-m", "tests.cluster", "load"], cwd=tree, env=environment, check=True)
+        for name, packages in PACKAGES.items():
+            images.add(str(_context(work, tree, name, packages)), lifecycle.nodes(lifecycle.running().nodes))
         yield tree
     finally:
         git("worktree", "remove", "--force", str(tree))
 
 
+def _context(work: Path, tree: Path, name: str, packages: tuple[str, ...]) -> Path:
+    """Write what an image is built from: this tree's image of that name, with the packages of ``tree``."""
+    repository, _, tag = kit.WORKER_IMAGE.rpartition(":")
+    context = work / f"{name}{SUFFIX}"
+    context.mkdir()
+    lines = [f"FROM {repository.rpartition('/')[0]}/{name}:{tag}", "USER 0", f"RUN rm -rf {PROJECT}/*"]
+    for package in packages:
+        shutil.copytree(tree / package, context / Path(package).name)
+        lines.append(f"COPY {Path(package).name} {PROJECT}/{Path(package).name}")
+    lines += [f"RUN python3 -m compileall -q --invalidation-mode unchecked-hash {PROJECT}", "USER 65532:65532"]
+    (context / "Containerfile").write_text("\n".join(lines) + "\n")
+    return context
+
+
 def test_the_operator_is_upgraded_while_a_job_runs(namespace: kit.Namespace, before: Path) -> None:
-    install(root=before, tag=TAG)
+    install(root=before, suffix=SUFFIX)
     try:
         namespace.claim("state")
         spec = kit.spec(2, 600, checkpoint={"volumeClaimName": "state", "everySteps": 100})
         run = kit.Job(namespace, "train", spec).create()
         run.wait_step(10)
         pods = run.identities()
-        assert all(pod["spec"]["containers"][0]["image"].endswith(f":{TAG}") for pod in run.pods())
+        assert all(SUFFIX in pod["spec"]["containers"][0]["image"] for pod in run.pods())
     finally:
         install()
     seen = run.step
@@ -58,7 +82,8 @@ def test_the_operator_is_upgraded_while_a_job_runs(namespace: kit.Namespace, bef
 
 def test_the_operator_speaks_with_workers_of_the_release_before(namespace: kit.Namespace, before: Path) -> None:
     namespace.claim("state")
-    template = kit.template(image=f"{kit.WORKER_IMAGE.rpartition(':')[0]}:{TAG}")
+    repository, _, tag = kit.WORKER_IMAGE.rpartition(":")
+    template = kit.template(image=f"{repository}{SUFFIX}:{tag}")
     spec = kit.spec(2, 60, checkpoint={"volumeClaimName": "state", "everySteps": 20}, template=template)
     run = kit.Job(namespace, "train", spec).create()
     run.wait_succeeded()

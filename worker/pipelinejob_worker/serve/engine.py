@@ -122,13 +122,8 @@ class Leader:
             self._inbox.put(_Broken(error))
 
     def _loop(self, fronts: Fronts) -> None:
-        tick = time.monotonic() + TICK_SECONDS
+        tick = time.monotonic()
         while True:
-            batch = self.scheduler.next_batch()
-            if batch:
-                self._send(batch)
-            if not self._take(0.0 if batch else self._next(tick)):
-                return
             now = time.monotonic()
             self._answer(self.scheduler.expire(now))
             self._check_silence(now)
@@ -137,6 +132,11 @@ class Leader:
                 tick = now + TICK_SECONDS
             fronts.send(self._answers)
             self._answers.clear()
+            batch = self.scheduler.next_batch()
+            if batch:
+                self._send(batch)
+            if not self._take(0.0 if batch else self._next(tick)):
+                return
 
     def _next(self, tick: float) -> float:
         """Seconds until something is due."""

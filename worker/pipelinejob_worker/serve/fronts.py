@@ -5,15 +5,20 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
 from pydantic import ValidationError
 
 from pipelinejob_worker.protocol.base import Wire
-from pipelinejob_worker.serve.wire import LINE_LIMIT_BYTES, TO_ENGINE, Cancel, Ready, Submit, to_line
+from pipelinejob_worker.serve.hop import tune
+from pipelinejob_worker.serve.wire import LINE_LIMIT_BYTES, TO_ENGINE, Cancel, Ready, Stats, Submit, to_line
 
 log = structlog.get_logger()
+
+BEAT_SECONDS = 2.0
+"""A batch may take longer; a front hears something at least this often."""
 
 UNREAD_LIMIT_BYTES = 4 << 20
 """A front that leaves so much unread is disconnected, so that it cannot fill the memory."""
@@ -44,6 +49,8 @@ class Fronts:
         self._numbers = itertools.count()
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._spoke = False
+        self._latest = b""
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
         started: queue.SimpleQueue[int | OSError] = queue.SimpleQueue()
@@ -64,9 +71,9 @@ class Fronts:
         if lines:
             self._loop.call_soon_threadsafe(self._write, lines)
 
-    def broadcast(self, message: Wire) -> None:
-        """Send a message to all fronts."""
-        self._loop.call_soon_threadsafe(self._write_all, to_line(message))
+    def broadcast(self, stats: Stats) -> None:
+        """Send statistics to all fronts, and again while no newer ones come: so they know that this end lives."""
+        self._loop.call_soon_threadsafe(self._write_all, to_line(stats))
 
     def close(self) -> None:
         """End all connections and stop listening."""
@@ -81,7 +88,12 @@ class Fronts:
             started.put(error)
             return
         started.put(server.sockets[0].getsockname()[1])
-        await self._stopping.wait()
+        while not self._stopping.is_set():
+            self._spoke = False
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), BEAT_SECONDS)
+            if not self._spoke:
+                self._write_all(self._latest)
         server.close()
         for writer in self._writers.values():
             writer.transport.abort()
@@ -94,6 +106,7 @@ class Fronts:
         connection = next(self._numbers)
         self._writers[connection] = writer
         try:
+            tune(writer.get_extra_info("socket"))
             writer.write(to_line(self._ready))
             while line := await reader.readline():
                 self._post(Arrived(connection, TO_ENGINE.validate_json(line)))
@@ -101,7 +114,7 @@ class Fronts:
             log.warning("a front sent what is no message", connection=connection, problems=error.error_count())
         except ValueError:
             log.warning("a front sent a line that is too long", connection=connection, limit=LINE_LIMIT_BYTES)
-        except ConnectionError as error:
+        except OSError as error:
             log.warning("a front is gone", connection=connection, error=str(error))
         finally:
             self._tasks.discard(task)
@@ -115,6 +128,7 @@ class Fronts:
                 self._write_line(connection, writer, line)
 
     def _write_all(self, line: bytes) -> None:
+        self._spoke, self._latest = True, line
         for connection, writer in self._writers.items():
             self._write_line(connection, writer, line)
 

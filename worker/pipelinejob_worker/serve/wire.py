@@ -2,8 +2,9 @@
 
 Stage 0 speaks first: ``Ready``. Then the front sends ``Submit`` and ``Cancel``, and stage 0 answers each ``Submit``
 with either one ``Refused``, or any number of ``Token`` in ascending position and then one ``Finished``; ``Stats`` comes
-about once a second. When the connection ends, stage 0 drops the requests that came over it. When the group of stages
-breaks, stage 0 ends all connections: the front connects again and submits what is unfinished, with the tokens it has.
+about once a second, and at least every two, whatever is being computed. When the connection ends, stage 0 drops the
+requests that came over it. When the group of stages breaks, stage 0 ends all connections: the front connects again and
+submits what is unfinished, with the tokens it has.
 """
 
 from typing import Annotated, Literal

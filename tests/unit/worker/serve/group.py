@@ -92,7 +92,11 @@ class Front:
         self._connection.sendall(data)
 
     def receive(self) -> Wire | None:
-        line = self._lines.readline()
+        """The next message; None when the connection has ended."""
+        try:
+            line = self._lines.readline()
+        except ConnectionResetError:
+            return None
         return TO_FRONT.validate_json(line) if line else None
 
     def take(self) -> bool:

@@ -241,7 +241,8 @@ def test_cancelled_and_late_requests_end_and_those_of_a_front_that_left_are_drop
 def test_a_front_that_sends_what_is_no_message_is_disconnected_alone(port: int, line: bytes) -> None:
     wrong, front = Front(port), Front(port)
     wrong.send_raw(line)
-    assert not wrong.take()
+    while wrong.take():  # statistics may have been on their way
+        pass
     front.send(submit("good"))
     assert len(front.finish()["good"].ids) == 4
     wrong.close()

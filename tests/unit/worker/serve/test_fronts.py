@@ -7,10 +7,22 @@ from collections.abc import Iterator
 import pytest
 
 from pipelinejob_worker.serve.fronts import UNREAD_LIMIT_BYTES, Arrived, Fronts, Left
-from pipelinejob_worker.serve.wire import Cancel, Finished, Ready, Submit
+from pipelinejob_worker.serve.wire import Cancel, Finished, Ready, Stats, Submit
 from tests.unit.worker.serve.group import PATIENCE_SECONDS, Front
 
 READY = Ready(epoch=3, vocabulary=10, context=20, deterministic=False)
+STATS = Stats(
+    epoch=3,
+    queued=1,
+    running=2,
+    batches_in_flight=1,
+    cache_blocks=9,
+    cache_blocks_used=4,
+    prompt_tokens_per_second=10,
+    tokens_per_second=5,
+    preemptions=0,
+    bubble_percent=25,
+)
 Inbox = queue.SimpleQueue[Arrived | Left]
 
 
@@ -37,8 +49,8 @@ def test_messages_go_both_ways_on_each_connection(served: tuple[Fronts, Inbox]) 
     assert [arrived, inbox.get(timeout=PATIENCE_SECONDS)] == [Arrived(0, sent[0]), Arrived(1, sent[1])]
     fronts.send([(1, finished("b")), (7, finished("nobody")), (0, finished("a"))])
     assert (one.receive(), other.receive()) == (finished("a"), finished("b"))
-    fronts.broadcast(READY)
-    assert (one.receive(), other.receive()) == (READY, READY)
+    fronts.broadcast(STATS)
+    assert (one.receive(), other.receive()) == (STATS, STATS)
     one.close()
     assert inbox.get(timeout=PATIENCE_SECONDS) == Left(0)
     other.close()
@@ -58,6 +70,17 @@ def test_a_front_that_never_reads_is_disconnected_and_others_are_served(served: 
     assert front.receive() == finished("read")
     silent.close()
     front.close()
+
+
+def test_a_front_hears_the_latest_statistics_again_while_a_batch_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelinejob_worker.serve.fronts.BEAT_SECONDS", 0.1)
+    inbox: Inbox = queue.SimpleQueue()
+    fronts = Fronts("127.0.0.1", 0, READY, inbox.put)
+    front = Front(fronts.port)
+    fronts.broadcast(STATS)
+    assert [front.receive() for _ in range(3)] == [STATS] * 3
+    front.close()
+    fronts.close()
 
 
 def test_closing_ends_all_connections_and_frees_the_port() -> None:

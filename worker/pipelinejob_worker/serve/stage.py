@@ -136,7 +136,7 @@ class Stage:
         if not (torch.equal(beside[-1], alone[0]) and torch.equal(again[0], alone[0])):
             raise ConfigurationError(
                 "spec.serve.deterministic: true does not fit this model: its layers give a token other bits beside "
-                "other tokens (mixtures of experts and bounded attention scores do); allowed: false"
+                "other tokens, as mixtures of experts do; allowed: false"
             )
 
     def _values(self, model: LayeredModel, tokens: int) -> torch.Tensor:

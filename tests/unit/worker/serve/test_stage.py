@@ -1,7 +1,6 @@
 """The layers of the stages compute over the cache what the whole model computes without."""
 
 import random
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -88,13 +87,10 @@ def test_deterministic_logits_have_the_same_bits_whatever_the_batches_and_the_sp
     requests = requests_of()
     expected = reference(whole, requests)
     model = layered(tmp_path, CONTEXT)
-    runs = [
-        serve(stages_of(model, count, deterministic=True), requests, seed) for count, seed in ((1, 0), (2, 1), (4, 2))
-    ]
-    for one, other in pairwise(runs):
-        common = one.keys() & other.keys()
-        assert len(common) > 20
-        assert [place for place in common if not torch.equal(one[place], other[place])] == []
+    runs = [serve(stages_of(model, count, deterministic=True), requests, seed) for count, seed in ((1, 0), (4, 1))]
+    common = runs[0].keys() & runs[1].keys()
+    assert len(common) > 20
+    assert [place for place in common if not torch.equal(runs[0][place], runs[1][place])] == []
     for (index, position), row in runs[0].items():
         torch.testing.assert_close(row, expected[index][position], atol=1e-5, rtol=1e-5)
 

@@ -202,7 +202,7 @@ class Member:
         return self._plan.incarnation if self._plan else None
 
     async def run(self) -> None:
-        """Take part until cancelled, whatever happens to the coordinator."""
+        """Take part until cancelled, whatever happens to the coordinator. Raises what the stage raises."""
         while True:
             try:
                 reader, writer = await asyncio.open_connection(*self._coordinator, limit=LINE_LIMIT_BYTES)

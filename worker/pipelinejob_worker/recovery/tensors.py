@@ -1,7 +1,7 @@
 """Layers of the model in slots: copied from the live tensors into the slot's memory, without another copy between."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 
@@ -86,14 +86,23 @@ class Snapshots:
     checksumming leave Python's interpreter lock free.
     """
 
-    def __init__(self, store: SlotStore, written: Incarnation, layers: int, tensors: Mapping[Piece, Tensors]) -> None:
+    def __init__(
+        self,
+        store: SlotStore,
+        written: Incarnation,
+        layers: int,
+        tensors: Mapping[Piece, Tensors],
+        valid: Callable[[int], object],
+    ) -> None:
         """Reserve slots for pieces like ``tensors``, of a model of ``layers`` layers.
 
+        ``valid`` is called by the thread with each step whose snapshot has become valid.
         Raises ConfigurationError when there is no room.
         """
         self._store = store
         self._written = written
         self._layers = layers
+        self._valid = valid
         self._layouts = {piece: Layout(each) for piece, each in tensors.items()}
         store.reserve({piece: layout.size for piece, layout in self._layouts.items()}, copied=False)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
@@ -126,6 +135,7 @@ class Snapshots:
             )
             layout.write(tensors[piece], writing.payload)
             writing.commit()
+        self._valid(step)
 
 
 def load(store: SlotStore, piece: Piece, step: int) -> dict[str, torch.Tensor]:

@@ -1,6 +1,9 @@
 """Small pieces in real slots."""
 
+import asyncio
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pipelinejob_worker.recovery.pieces import Held, Incarnation, Piece
@@ -43,3 +46,10 @@ def filled(directory: Path, *wanted: Held) -> SlotStore:
 def bytes_of(store: SlotStore, what: Held) -> bytes:
     payload, _ = store.read(what.piece, what.step, copied=what.copied)
     return bytes(payload)
+
+
+async def until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.005)

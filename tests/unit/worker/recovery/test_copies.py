@@ -4,7 +4,6 @@ import asyncio
 import json
 import signal
 import socket
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pipelinejob_worker.recovery.copies import Get, Greeting, PieceClient, Piece
 from pipelinejob_worker.recovery.pieces import Held, Incarnation
 from pipelinejob_worker.recovery.slots import PAGE, SlotStore
 from pipelinejob_worker.recovery.transport import Address, Pacer, TransferError
-from tests.unit.worker.recovery.snapshots import FIRST, SECOND, bytes_of, content, filled, held, store_in, write
+from tests.unit.worker.recovery.snapshots import FIRST, SECOND, bytes_of, content, filled, held, store_in, until, write
 from tests.unit.worker.recovery.test_zygote import ENVIRONMENT
 
 BIG = 3_000_000
@@ -65,13 +64,6 @@ async def start(memory: Path) -> AsyncIterator[Start]:
 
 def copy_of(what: Held) -> Held:
     return what.model_copy(update={"copied": True})
-
-
-async def until(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
-        await asyncio.sleep(0.005)
 
 
 async def test_the_guard_holds_what_it_has_been_sent(start: Start) -> None:

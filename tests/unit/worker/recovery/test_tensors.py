@@ -34,11 +34,13 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_snapshots_give_back_the_bits_of_the_step(memory: Path) -> None:
     store = store_in(memory)
     state = {Piece(0): layer(1), Piece(3): layer(2)}
-    snapshots = Snapshots(store, FIRST, 4, state)
+    valid: list[int] = []
+    snapshots = Snapshots(store, FIRST, 4, state, valid.append)
     for step in (5, 6):
         snapshots.begin(step, {Piece(0): layer(step), Piece(3): layer(10 * step)})
     snapshots.wait()
     snapshots.close()
+    assert valid == [5, 6]
     reader = store_in(memory)
     assert {each.step for each in reader.held()} == {5, 6}
     for step in (5, 6):
@@ -48,7 +50,7 @@ def test_snapshots_give_back_the_bits_of_the_step(memory: Path) -> None:
 
 def test_a_piece_is_a_safetensors_file(memory: Path) -> None:
     store = store_in(memory)
-    snapshots = Snapshots(store, FIRST, 1, {Piece(0): layer(1)})
+    snapshots = Snapshots(store, FIRST, 1, {Piece(0): layer(1)}, print)
     snapshots.begin(1, {Piece(0): layer(1)})
     snapshots.close()
     payload, _ = store.read(Piece(0), 1, copied=False)
@@ -57,12 +59,12 @@ def test_a_piece_is_a_safetensors_file(memory: Path) -> None:
 
 def test_what_does_not_fit_is_told_before_training(memory: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"spec.recovery: the snapshots need 16384 bytes"):
-        Snapshots(store_in(memory, limit_bytes=10_000), FIRST, 1, {Piece(0): layer(1)})
+        Snapshots(store_in(memory, limit_bytes=10_000), FIRST, 1, {Piece(0): layer(1)}, print)
 
 
 def test_a_failed_snapshot_is_told_when_waited_for(memory: Path) -> None:
     store = store_in(memory)
-    snapshots = Snapshots(store, FIRST, 1, {Piece(0): layer(1)})
+    snapshots = Snapshots(store, FIRST, 1, {Piece(0): layer(1)}, print)
     store.retain([], [])
     snapshots.begin(1, {Piece(0): layer(1)})
     with pytest.raises(SlotMissingError, match="no slot is reserved for piece 0-0-1"):

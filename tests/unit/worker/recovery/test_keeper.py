@@ -1,0 +1,134 @@
+"""What an agent keeps: its successor in the same pod finds it, and nothing is kept for longer than it is needed."""
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from pipelinejob_worker.protocol import Termination
+from pipelinejob_worker.recovery import keeper as keeper_module
+from pipelinejob_worker.recovery.deadlines import Crash
+from pipelinejob_worker.recovery.keeper import Keeper
+from pipelinejob_worker.recovery.memory import CRASHES_KEPT, Memory, load, save
+from pipelinejob_worker.recovery.messages import Plan
+from pipelinejob_worker.recovery.pieces import Incarnation, Lineage
+from pipelinejob_worker.recovery.transport import Address
+from tests.unit.worker.recovery.snapshots import FIRST, filled, held, until, write
+
+Start = Callable[[int], Keeper]
+
+
+@pytest.fixture
+async def start(memory: Path) -> AsyncIterator[Start]:
+    keepers: list[Keeper] = []
+
+    def make(rank: int) -> Keeper:
+        (memory / str(rank)).mkdir(exist_ok=True)
+        keepers.append(
+            Keeper(memory / str(rank), job_uid="uid-1", rank=rank, limit_bytes=1 << 30, guarded=guarded[rank].append)
+        )
+        return keepers[-1]
+
+    yield make
+    for keeper in keepers:
+        await keeper.stop()
+    for steps in guarded.values():
+        steps.clear()
+
+
+guarded: dict[int, list[int]] = {0: [], 1: []}
+"""Steps that the guards of the ranks have acknowledged."""
+
+
+def plan(*addresses: Address, step: int | None, incarnation: Incarnation = FIRST) -> Plan:
+    return Plan(
+        incarnation=incarnation,
+        step=step,
+        lineage=Lineage().rolled_back(incarnation, step or 0),
+        holdings=[],
+        addresses=list(addresses),
+        guards=[1, 0],
+        rendezvous_port=1,
+    )
+
+
+NOWHERE = Address("127.0.0.1", 9)
+
+
+async def test_a_plan_is_written_down_and_what_it_makes_void_is_invalid(memory: Path, start: Start) -> None:
+    filled(memory / "0", held(0, 6), held(0, 7), held(1, 6, copied=True), held(1, 7, copied=True)).close()
+    keeper = start(0)
+    await keeper.apply(plan(NOWHERE, NOWHERE, step=6, incarnation=Incarnation(1, 2)))
+    successor = start(0).join(epoch=1, world_size=2, leaving=1, node="node-1", address=NOWHERE)
+    assert successor.held == [held(0, 6), held(1, 6, copied=True)]
+    assert successor.last == Incarnation(1, 2)
+    assert successor.lineage == plan(NOWHERE, step=6, incarnation=Incarnation(1, 2)).lineage
+    assert successor.present == 3
+
+
+async def test_a_plan_without_a_step_makes_everything_void(memory: Path, start: Start) -> None:
+    filled(memory / "0", held(0, 6), held(1, 6, copied=True)).close()
+    keeper = start(0)
+    await keeper.apply(plan(NOWHERE, NOWHERE, step=None))
+    assert keeper.store.held() == []
+
+
+async def test_without_what_was_written_down_the_slots_are_worth_nothing(memory: Path, start: Start) -> None:
+    filled(memory / "0", held(0, 6)).close()
+    (memory / "0" / "memory.json").write_text('{"incarnation": ')
+    keeper = start(0)
+    assert keeper.store.held() == []
+    assert keeper.memory == Memory()
+
+
+async def test_a_guard_that_cannot_be_reached_is_told_and_tried_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "RETRY_SECONDS", 0.01)
+    owner, guard = start(0), start(1)
+    port = await guard.start("127.0.0.1")
+    owner.store.reserve({held(0, 1).piece: 1000}, copied=False)
+    await owner.apply(plan(NOWHERE, Address("127.0.0.1", port), step=None))
+    write(owner.store, held(0, 1))
+    await guard._server.stop()
+    owner.protect(1)
+    await until(lambda: bool(owner.guard_problem))
+    assert owner.guard_problem.startswith(f"rank 1 does not keep the copy of step 1: 127.0.0.1:{port}: ")
+    assert guarded[0] == []
+    await guard.apply(plan(NOWHERE, NOWHERE, step=None))
+    await guard.start("127.0.0.1", port)
+    await until(lambda: bool(guarded[0]))
+    assert guarded[0] == [1]
+    assert owner.guard_problem == ""
+    assert guard.store.held() == [held(0, 1, copied=True)]
+
+
+async def test_with_the_first_snapshot_above_the_plans_step_other_pieces_are_given_up(
+    memory: Path, start: Start
+) -> None:
+    filled(memory / "0", held(0, 6), held(1, 6), held(2, 6, copied=True), held(3, 6, copied=True)).close()
+    filled(memory / "1", held(3, 6)).close()
+    keeper, other = start(0), start(1)
+    addresses = [Address("127.0.0.1", await each.start("127.0.0.1")) for each in (keeper, other)]
+    for each in (keeper, other):
+        await each.apply(plan(*addresses, step=6, incarnation=Incarnation(1, 2)))
+        each.protect(6)
+    await until(lambda: bool(guarded[0] and guarded[1]))
+    assert {each.piece.layer for each in keeper.store.held()} == {0, 1, 2, 3}, "nothing is given up yet"
+    write(keeper.store, held(0, 7, Incarnation(1, 2)))
+    keeper.protect(7)
+    assert {(each.piece.layer, each.copied) for each in keeper.store.held()} == {(0, False), (3, True)}
+    assert keeper.join(epoch=1, world_size=2, leaving=1, node="", address=NOWHERE).present == 2
+
+
+def test_crashes_and_the_last_cause_are_kept_within_bounds(memory: Path) -> None:
+    written = Memory()
+    for number in range(CRASHES_KEPT + 5):
+        cause = Termination(stage=1, exit_code=139, reason="Signal", message=f"number {number}", log_tail=("a", "b"))
+        written = written.crashed(Crash(at=float(number), step=number), cause)
+    save(memory, written)
+    read = load(memory)
+    assert read == written
+    assert [crash.step for crash in read.crashes] == list(range(5, CRASHES_KEPT + 5))
+    assert read.failure
+    assert read.failure.message == f"number {CRASHES_KEPT + 4}"

@@ -196,8 +196,8 @@ class PieceServer:
             match request:
                 case Reserve(pieces=pieces):
                     sizes = {sized.piece: sized.size for sized in pieces}
+                    self.reserved |= sizes.keys()  # first: whoever gives up other pieces must not take these for such
                     await asyncio.to_thread(self._store.reserve, sizes, copied=True)
-                    self.reserved |= sizes.keys()
                     await connection.send(Answer(result="done"))
                 case Put():
                     await self._take(connection, request)
@@ -277,7 +277,6 @@ class PieceClient:
         if (self._reserved, self._reserved_by) != (reserve, (address, incarnation)):
             async with self._connected(route) as connection:
                 await self._request(connection, reserve)
-            self._reserved, self._reserved_by = reserve, (address, incarnation)
 
         async def send(connection: Connection, held: Held) -> None:
             payload, checksum = self._store.read(held.piece, held.step, copied=False, verify=False)
@@ -285,7 +284,9 @@ class PieceClient:
                 await connection.send_payload(payload)
                 await self._done(connection)
 
+        self._reserved = None  # should this fail, the guard is asked for everything again
         await self._in_parallel(route, pieces, send)
+        self._reserved, self._reserved_by = reserve, (address, incarnation)
 
     async def fetch(
         self,

@@ -22,6 +22,10 @@ _STAMP = struct.Struct("<Q")
 _BEAT_AT, _MOVED_AT, _DOING_AT, _LEAVE_AT, _SIZE = 0, 8, 16, 24, 32
 
 
+class LeaveError(Exception):
+    """The agent has ordered to leave the group."""
+
+
 class Doing(IntEnum):
     """What the main thread does."""
 
@@ -71,7 +75,13 @@ class Pulse:
         self._stamp(_BEAT_AT)
 
     def move(self, doing: Doing) -> None:
-        """Say that the main thread begins something else."""
+        """Say that the main thread begins something else.
+
+        Raises LeaveError if the agent has ordered to leave: what gloo is asked to do after its sockets have been shut
+        down can wait for ever.
+        """
+        if self.must_leave:
+            raise LeaveError("the agent has ordered to leave the group")
         _STAMP.pack_into(self._memory, _DOING_AT, doing)
         self._stamp(_MOVED_AT)
 

@@ -35,8 +35,8 @@ class Session(Generic[State]):
     ) -> None:
         """``restored``: the step of the plan, which this rank holds in its slots; None if the plan has none.
 
-        ``wait_guarded``: waits until the guard holds a step, for so many seconds at most, and returns whether it does;
-        always true where there is no guard.
+        ``wait_guarded``: waits until the guard holds a step, for so many seconds at most and not beyond the order to
+        leave, and returns whether it does; always true where there is no guard.
         """
         self._snapshots = snapshots
         self._wait_guarded = wait_guarded

@@ -94,6 +94,17 @@ async def test_of_a_guarded_rank_the_two_newest_steps_are_held(start: Start) -> 
     assert [each.step for each in guard.store.held()] == [2, 3]
 
 
+async def test_a_guard_that_has_given_up_its_slots_is_asked_for_them_again(start: Start) -> None:
+    owner, guard = await start(held(0, 1)), await start()
+    await owner.client.guard(guard.address, FIRST, [held(0, 1)])
+    guard.store.retain([], [])
+    write(owner.store, held(0, 2))
+    with pytest.raises(TransferError, match="no slot is reserved for piece 0-0-1"):
+        await owner.client.guard(guard.address, FIRST, [held(0, 2)])
+    await owner.client.guard(guard.address, FIRST, [held(0, 2)])
+    assert guard.store.held() == [held(0, 2, copied=True)]
+
+
 async def test_whoever_recovers_fetches_from_owners_and_guards_and_copies_at_hand_do_not_travel(start: Start) -> None:
     at_hand, far, guarded = held(0, 4, copied=True), held(1, 4, size=BIG), held(2, 4, copied=True)
     new = await start(at_hand)

@@ -301,7 +301,8 @@ class PieceClient:
         Raises TransferError, or ConfigurationError when there is no room for them.
         """
         sizes = {fetch.held.piece: fetch.held.size for fetch in fetches}
-        await asyncio.to_thread(self._store.reserve, sizes, copied=False)
+        # One slot is enough to recover; the worker has the other made while it computes.
+        await asyncio.to_thread(self._store.reserve, sizes, copied=False, slots=1)
         by_source: dict[int, list[Held]] = defaultdict(list)
         for fetch in fetches:
             by_source[fetch.source].append(fetch.held)

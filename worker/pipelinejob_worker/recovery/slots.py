@@ -120,22 +120,20 @@ class SlotStore:
                 _clear(directory)
                 replace(path, identity)
 
-    def reserve(self, sizes: Mapping[Piece, int], *, copied: bool) -> None:
-        """Have two slots of ``sizes`` bytes for each piece, with all their memory; those that fit are kept as they are.
+    def check_room(self, sizes: Mapping[Piece, int], *, copied: bool, slots: int = SLOTS) -> None:
+        """Raise ConfigurationError if ``reserve`` would find the volume too small."""
+        with self._locked():
+            self._unfit(sizes, copied, slots)
+
+    def reserve(self, sizes: Mapping[Piece, int], *, copied: bool, slots: int = SLOTS) -> None:
+        """Have slots of ``sizes`` bytes for each piece, with all their memory; those that fit are kept as they are.
 
         Raises ConfigurationError, before anything is changed, when the volume is too small.
         """
-        places = {
-            Place(copied, piece, slot): _file_size(size) for piece, size in sizes.items() for slot in range(SLOTS)
-        }
         with self._locked():
-            present = self._sizes()
-            wrong = {place: size for place, size in places.items() if present.get(place) != size}
-            kept = sum(size for place, size in present.items() if place not in wrong)
-            self._check_room(kept + sum(wrong.values()), sum(wrong.values()) - sum(present.get(p, 0) for p in wrong))
-            for place, size in wrong.items():
+            for place, size in self._unfit(sizes, copied, slots).items():
                 self._create(place, size)
-        for place in places:
+        for place in _places_of(sizes, copied, slots):
             self._map(place)
 
     def begin(self, held: Held) -> Writing:
@@ -236,6 +234,16 @@ class SlotStore:
     def _sizes(self) -> dict[Place, int]:
         return {place: (self._directory / place.name).stat().st_size for place in self._places()}
 
+    def _unfit(self, sizes: Mapping[Piece, int], copied: bool, slots: int) -> dict[Place, int]:
+        """The files that are missing or of another size, and the size that they should have; checks the room."""
+        present = self._sizes()
+        places = _places_of(sizes, copied, slots)
+        wrong = {place: size for place, size in places.items() if present.get(place) != size}
+        kept = sum(size for place, size in present.items() if place not in wrong)
+        replaced = sum(present.get(place, 0) for place in wrong)
+        self._check_room(kept + sum(wrong.values()), sum(wrong.values()) - replaced)
+        return wrong
+
     def _check_room(self, total: int, growth: int) -> None:
         free = shutil.disk_usage(self._directory).free
         if total > self._limit or growth > free:
@@ -303,6 +311,11 @@ class SlotStore:
 def file_bytes(sizes: Mapping[Piece, int]) -> int:
     """Return the memory that ``reserve`` takes for pieces of these sizes."""
     return SLOTS * sum(_file_size(size) for size in sizes.values())
+
+
+def _places_of(sizes: Mapping[Piece, int], copied: bool, slots: int) -> dict[Place, int]:
+    """The files for pieces of these sizes, and the files' sizes."""
+    return {Place(copied, piece, slot): _file_size(size) for piece, size in sizes.items() for slot in range(slots)}
 
 
 def _file_size(size: int) -> int:

@@ -94,7 +94,7 @@ class Snapshots:
         tensors: Mapping[Piece, Tensors],
         valid: Callable[[int], object],
     ) -> None:
-        """Reserve slots for pieces like ``tensors``, of a model of ``layers`` layers.
+        """Have slots made for pieces like ``tensors``, of a model of ``layers`` layers, while the first step computes.
 
         ``valid`` is called by the thread with each step whose snapshot has become valid.
         Raises ConfigurationError when there is no room.
@@ -104,9 +104,10 @@ class Snapshots:
         self._layers = layers
         self._valid = valid
         self._layouts = {piece: Layout(each) for piece, each in tensors.items()}
-        store.reserve({piece: layout.size for piece, layout in self._layouts.items()}, copied=False)
+        sizes = {piece: layout.size for piece, layout in self._layouts.items()}
+        store.check_room(sizes, copied=False)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
-        self._taken: Future[None] | None = None
+        self._taken: Future[None] | None = self._thread.submit(store.reserve, sizes, copied=False)
 
     def begin(self, step: int, tensors: Mapping[Piece, Tensors]) -> None:
         """Start to copy the state after ``step`` steps. Call ``wait`` before the next one.

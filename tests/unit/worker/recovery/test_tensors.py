@@ -65,6 +65,7 @@ def test_what_does_not_fit_is_told_before_training(memory: Path) -> None:
 def test_a_failed_snapshot_is_told_when_waited_for(memory: Path) -> None:
     store = store_in(memory)
     snapshots = Snapshots(store, FIRST, 1, {Piece(0): layer(1)}, print)
+    snapshots.wait()
     store.retain([], [])
     snapshots.begin(1, {Piece(0): layer(1)})
     with pytest.raises(SlotMissingError, match="no slot is reserved for piece 0-0-1"):

@@ -53,7 +53,7 @@ class SleepBackward(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         """Sleep and return the gradient."""
         time.sleep(UNIT_SECONDS)
-        return gradient
+        return gradient.contiguous()  # that of a sum is not, and torch's schedules send it as it is
 
 
 class SleepingLayer(nn.Module):

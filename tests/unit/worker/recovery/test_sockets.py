@@ -83,14 +83,17 @@ def _rank(rank: int, port: int, wait: Callable[[], None]) -> tuple[float, bool, 
     counts: list[int] = []
 
     def free() -> None:
-        counts.append(shut_down(spare=before))
         freed_at.append(time.monotonic())
+        counts.append(shut_down(spare=before))
 
-    threading.Timer(0.3, free).start()
+    timer = threading.Timer(0.3, free)
+    timer.start()
     try:
         wait()
     except RuntimeError as error:
-        return time.monotonic() - freed_at[0], is_link_error(error), counts[0]
+        freed = time.monotonic()
+        timer.join()  # the wait may end before the call that ends it has returned
+        return freed - freed_at[0], is_link_error(error), counts[0]
     finally:
         os.kill(victim, signal.SIGKILL)
     raise AssertionError("the peer was frozen, and yet the wait has ended")

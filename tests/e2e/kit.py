@@ -13,6 +13,7 @@ from typing import Any
 WORKER_IMAGE = os.environ.get("PIPELINEJOB_WORKER_IMAGE", "localhost/pipelinejob/worker:dev")
 OPERATOR_NAMESPACE = "pipelinejob-system"
 POLL_SECONDS = 0.3
+END_OF_LOG = "end-of-log"
 
 Object = dict[str, Any]
 
@@ -92,7 +93,7 @@ class Namespace:
         container = {
             "name": "run",
             "image": WORKER_IMAGE,
-            "command": list(command),
+            "command": ["sh", "-c", f'"$@"; code=$?; echo {END_OF_LOG}; exit $code', "sh", *command],
             "volumeMounts": [
                 {"name": "volume", "mountPath": "/volume"},
                 {"name": "scratch", "mountPath": "/tmp"},
@@ -124,7 +125,11 @@ class Namespace:
             lambda: get("pod", "runner", "-n", self.name)["status"].get("phase") in ("Succeeded", "Failed"),
             dump=lambda: kubectl("describe", "pod", "runner", "-n", self.name),
         )
-        text = kubectl("logs", "runner", "-n", self.name)
+        # A container counts as ended when its process has; the runtime may still be copying what it printed.
+        text = wait_for(
+            "all that the command printed is in its log",
+            lambda: (log := kubectl("logs", "runner", "-n", self.name)).endswith(f"{END_OF_LOG}\n") and log,
+        ).removesuffix(f"{END_OF_LOG}\n")
         phase = get("pod", "runner", "-n", self.name)["status"]["phase"]
         kubectl("delete", "pod", "runner", "-n", self.name, "--grace-period=1")
         assert phase == "Succeeded", text

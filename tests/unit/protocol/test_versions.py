@@ -135,6 +135,57 @@ CONFIG_3 = CONFIG | {
     "partition": {"strategy": "Manual", "boundaries": [2, 4, 6], "memoryLimitMiB": 1024},
 }
 
+VERSION_4 = {"protocolVersion": 4, "oldestReader": 4}
+MEMBERSHIP_4 = MEMBERSHIP | VERSION_4 | {"action": "Leave", "pipeline": 1, "pipelines": 2, "leavers": 2, "leaver": 1}
+FAILURE = {
+    "rank": 2,
+    "at": 1764281000.5,
+    "exitCode": 139,
+    "signal": "SIGSEGV",
+    "reason": "Signal",
+    "message": "the worker process was killed by SIGSEGV",
+    "step": 6,
+    "node": "node-3",
+    "epoch": 3,
+    "attempt": 1,
+    "logTail": ["a", "b"],
+}
+STATUS_4 = (
+    STATUS
+    | VERSION_4
+    | {
+        "state": "Recovering",
+        "progress": PROGRESS_3,
+        "incarnationAttempt": 2,
+        "workerRestarts": 1,
+        "failures": [FAILURE],
+        "protection": {
+            "step": 7,
+            "guardedStep": 6,
+            "intervalSteps": 1,
+            "atRiskSteps": 1,
+            "costPercent": 1.5,
+            "problem": "rank 2 does not keep the copy of step 7",
+        },
+        "traffic": {"piecesSentBytes": 100, "piecesReceivedBytes": 200},
+        "recovery": {"lastPauseSeconds": 0.5, "resumedStep": 6, "stepsRepeated": 1},
+        "released": True,
+        "refused": "epoch 3 is not 4",
+    }
+)
+CONFIG_4 = CONFIG_3 | {
+    "protocolVersion": 4,
+    "oldestReader": 4,
+    "recovery": {
+        "strategy": "Ladder",
+        "snapshotEverySteps": 1,
+        "hangTimeoutSeconds": 60,
+        "maxRestarts": 5,
+        "windowSeconds": 600,
+        "memoryBytes": 1 << 30,
+    },
+}
+
 WRITTEN: dict[int, list[tuple[type[Wire], dict[str, Any]]]] = {
     1: [(Membership, MEMBERSHIP), (AgentStatus, STATUS), (Termination, TERMINATION)],
     2: [
@@ -148,6 +199,12 @@ WRITTEN: dict[int, list[tuple[type[Wire], dict[str, Any]]]] = {
         (AgentStatus, STATUS | VERSION_3 | {"progress": PROGRESS_3}),
         (Termination, TERMINATION | {"progress": PROGRESS_3}),
         (WorkerConfig, CONFIG_3),
+    ],
+    4: [
+        (Membership, MEMBERSHIP_4),
+        (AgentStatus, STATUS_4),
+        (Termination, TERMINATION | {"progress": PROGRESS_3}),
+        (WorkerConfig, CONFIG_4),
     ],
 }
 
@@ -217,6 +274,7 @@ def config(**changes: Any) -> WorkerConfig:
         train=read.train,
         partition=read.partition,
         checkpoint=read.checkpoint,
+        recovery=read.recovery,
     )
 
 
@@ -260,6 +318,17 @@ def test_whatever_is_newer_needs_a_reader_that_knows_it(changes: dict[str, Any])
     assert config(**changes).oldest_reader == 3
 
 
+def test_who_recovers_among_agents_needs_a_reader_of_version_4() -> None:
+    assert config(recovery={"strategy": "Ladder"}).oldest_reader == 4
+    assert config(recovery={"strategy": "RecreateAll", "maxRestarts": 5}).oldest_reader == 1
+    assert WorkerConfig.model_validate(CONFIG_3).recovery.strategy == "RecreateAll", "as an older operator restarts"
+
+
+def test_who_leaves_has_a_rank_behind_those_who_train() -> None:
+    assert Membership.model_validate(MEMBERSHIP).rank == 1
+    assert Membership.model_validate(MEMBERSHIP_4).rank == 2 * 4 + 1
+
+
 def test_a_reader_ignores_what_a_later_version_adds() -> None:
     for model, document in WRITTEN[PROTOCOL_VERSION]:
         assert model.model_validate({**document, "addedLater": 1}) == model.model_validate(document)
@@ -278,5 +347,7 @@ def test_a_membership_stays_small_however_many_stages_there_are() -> None:
         master_port=65535,
         previous_address=address,
         next_address=address,
+        leavers=255,
+        leaver=254,
     )
     assert len(largest.to_json()) < MEMBERSHIP_LIMIT_BYTES

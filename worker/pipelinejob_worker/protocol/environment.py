@@ -2,7 +2,7 @@
 
 from enum import IntEnum, StrEnum
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Version of what this release writes; it grows when a member is added, or changes its meaning."""
 
 OLDEST_READER = max(1, PROTOCOL_VERSION - 1)
@@ -18,7 +18,14 @@ STATUS_PORT = 8471
 """TCP port on which each agent serves ``/status``, ``/metrics`` and ``/healthz``."""
 
 RENDEZVOUS_PORT = 29500
-"""TCP port of the rendezvous store, on the pod of stage 0."""
+"""TCP port of the rendezvous store, on the pod of stage 0. With ``recovery.strategy`` Ladder each incarnation has one
+of its own, which rank 0's agent chooses."""
+
+COORDINATOR_PORT = 8472
+"""TCP port on which the agent of rank 0 coordinates recovery; since protocol 4."""
+
+PIECES_PORT = 8473
+"""TCP port on which each agent takes and gives snapshots; since protocol 4."""
 
 POD_INFO_DIRECTORY = "/etc/pipelinejob"
 """Where the downward-API volume is mounted."""
@@ -28,6 +35,9 @@ MEMBERSHIP_FILE = "membership"
 
 CONFIG_FILE = "config"
 """Name under ``POD_INFO_DIRECTORY`` that holds a ``WorkerConfig`` as JSON."""
+
+RECOVERY_DIRECTORY = "/run/pipelinejob"
+"""Where the memory-backed volume is mounted that holds snapshots and what an agent writes down; since protocol 4."""
 
 CHECKPOINT_DIRECTORY = "/checkpoint"
 """Where the claim of ``spec.checkpoint.volumeClaimName`` is mounted."""
@@ -57,6 +67,8 @@ class Env(StrEnum):
     ATTEMPT = "PIPELINEJOB_ATTEMPT"
     POD_IP = "PIPELINEJOB_POD_IP"
     NODE = "PIPELINEJOB_NODE"
+    SPARE = "PIPELINEJOB_SPARE"
+    """Number of a spare pod, which has no stage until its membership says Run; since protocol 4."""
 
 
 class ExitCode(IntEnum):
@@ -65,6 +77,8 @@ class ExitCode(IntEnum):
     SUCCEEDED = 0
     CONFIGURATION = 64
     """Trying again cannot help: the model, the data or the volume does not fit the job. Final."""
+    BUDGET_SPENT = 70
+    """The worker has ended too often for ``spec.recovery``, or always at the same step; since protocol 4. Final."""
     PEER_LOST = 75
     """This stage is well; a link to another stage broke. Never the first cause of a failure."""
     DRAINED = 79
@@ -73,4 +87,4 @@ class ExitCode(IntEnum):
     @property
     def final(self) -> bool:
         """Whether a restart is pointless."""
-        return self in (ExitCode.SUCCEEDED, ExitCode.CONFIGURATION)
+        return self in (ExitCode.SUCCEEDED, ExitCode.CONFIGURATION, ExitCode.BUDGET_SPENT)

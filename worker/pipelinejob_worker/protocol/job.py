@@ -5,7 +5,10 @@ from pydantic import Field
 from pipelinejob_worker.protocol.base import Wire
 from pipelinejob_worker.protocol.environment import PROTOCOL_VERSION
 from pipelinejob_worker.protocol.model import Model, Partition
+from pipelinejob_worker.protocol.recovery import RECOVERY_SINCE, Recovery
 from pipelinejob_worker.protocol.train import Train
+
+_RECREATE_ALL = Recovery()
 
 
 class Checkpoint(Wire):
@@ -36,19 +39,42 @@ class WorkerConfig(Wire):
     train: Train
     partition: Partition = Field(default_factory=Partition)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    recovery: Recovery = Field(default_factory=Recovery, description="Since protocol 4.")
 
     @classmethod
     def of(
-        cls, *, job: str, job_uid: str, model: Model, train: Train, partition: Partition, checkpoint: Checkpoint
+        cls,
+        *,
+        job: str,
+        job_uid: str,
+        model: Model,
+        train: Train,
+        partition: Partition,
+        checkpoint: Checkpoint,
+        recovery: Recovery = _RECREATE_ALL,
     ) -> "WorkerConfig":
         """Build the configuration with the oldest reader that its features allow."""
-        config = cls(job=job, job_uid=job_uid, model=model, train=train, partition=partition, checkpoint=checkpoint)
-        return config.model_copy(update={"oldest_reader": 1 if _is_version_2(config) else PROTOCOL_VERSION})
+        config = cls(
+            job=job,
+            job_uid=job_uid,
+            model=model,
+            train=train,
+            partition=partition,
+            checkpoint=checkpoint,
+            recovery=recovery,
+        )
+        return config.model_copy(update={"oldest_reader": _oldest_reader(config)})
+
+
+def _oldest_reader(config: WorkerConfig) -> int:
+    if config.recovery.strategy == "Ladder":
+        return RECOVERY_SINCE
+    return 1 if _is_version_2(config) else 3
 
 
 def _is_version_2(config: WorkerConfig) -> bool:
-    """Whether workers of protocol 2 know all that the job uses: everything since then is at its default."""
-    used = config.model_dump(exclude_defaults=True, exclude={"protocol_version"})
+    """Whether workers of protocol 2 know all that the job trains with: everything since then is at its default."""
+    used = config.model_dump(exclude_defaults=True, exclude={"protocol_version", "recovery"})
     return _paths(used) <= _VERSION_2 and config.train.schedule.name in ("GPipe", "1F1B")
 
 

@@ -6,8 +6,16 @@ from pydantic import Field
 
 from pipelinejob_worker.protocol.base import Wire
 from pipelinejob_worker.protocol.environment import OLDEST_READER, PROTOCOL_VERSION
+from pipelinejob_worker.protocol.recovery import (
+    FAILURES_KEPT,
+    FailureRecord,
+    ProtectionStatus,
+    RecoveryStatus,
+    Traffic,
+)
 
-AgentState = Literal["Waiting", "Starting", "Running", "Draining", "Succeeded", "Failed"]
+AgentState = Literal["Waiting", "Starting", "Running", "Recovering", "Draining", "Succeeded", "Failed"]
+"""``Recovering``: it has run, and waits for the next incarnation of its group; since protocol 4."""
 
 TERMINATION_LIMIT_BYTES = 4096
 """The kubelet keeps no more of a termination message."""
@@ -70,6 +78,16 @@ class AgentStatus(Wire):
     state: AgentState
     layers: str = ""
     progress: Progress = Field(default_factory=Progress)
+    incarnation_attempt: int = Field(0, description="Which life of the group within the epoch; since protocol 4.")
+    worker_restarts: int = Field(0, description="Workers that were started anew in this pod; since protocol 4.")
+    failures: tuple[FailureRecord, ...] = Field(
+        (), max_length=FAILURES_KEPT, description="The newest that this agent knows, of any rank; since protocol 4."
+    )
+    protection: ProtectionStatus = Field(default_factory=ProtectionStatus, description="Since protocol 4.")
+    traffic: Traffic = Field(default_factory=Traffic, description="Since protocol 4.")
+    recovery: RecoveryStatus = Field(default_factory=RecoveryStatus, description="Since protocol 4.")
+    released: bool = Field(False, description="Whether a leaving pod has given all it holds; since protocol 4.")
+    refused: str = Field("", description="Why it may not join its group yet, empty if it may; since protocol 4.")
 
 
 class Termination(Wire):

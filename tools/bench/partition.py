@@ -96,8 +96,8 @@ def measure(group: Group, cache: Path) -> dict[str, dict[str, Any]]:
         model = UnevenModel()
         schedule = build_schedule("1F1B", group.stages, 1, MICROBATCHES)
         plan = cut(config, model, schedule, group, cache)
-        loop = StageLoop(config.train, model, schedule, plan.chunks, corpus=NoData(), group=group)
-        seconds = [loop.step(step).seconds for step in range(config.train.steps)]
+        loop = StageLoop(config.training, model, schedule, plan.chunks, corpus=NoData(), group=group)
+        seconds = [loop.step(step).seconds for step in range(config.training.steps)]
         results[strategy] = {
             "layers": [plan.layers_of(stage) for stage in range(group.stages)],
             "predicted": plan.prediction.seconds,

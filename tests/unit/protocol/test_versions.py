@@ -13,6 +13,8 @@ from pipelinejob_worker.protocol import (
     PROTOCOL_VERSION,
     AgentStatus,
     Membership,
+    Mode,
+    Recovery,
     Termination,
     WorkerConfig,
 )
@@ -185,6 +187,23 @@ CONFIG_4 = CONFIG_3 | {
         "memoryBytes": 1 << 30,
     },
 }
+ENGINE = {"maxTokensInFlight": 4096, "keyValueCacheMiB": 64, "batchTokens": 256, "deterministic": True}
+SERVED = {name: CONFIG_3[name] for name in ("job", "jobUid", "model", "partition", "checkpoint")} | {
+    **VERSION_4,
+    "recovery": CONFIG_4["recovery"],
+    "source": {"job": "trained", "seed": 7, "step": 50},
+    "tokenizer": {"name": "HuggingFace", "path": "/models/tokenizer"},
+}
+SERVE_4 = SERVED | {"mode": "Serve", "serve": ENGINE}
+BATCH_4 = SERVED | {"mode": "Batch", "batch": ENGINE | {"input": "/data/in.jsonl", "output": "/data/out.jsonl"}}
+SERVING = {
+    "requestsPerSecond": 1.5,
+    "promptTokensPerSecond": 300.5,
+    "queued": 2,
+    "running": 8,
+    "cachePercent": 40.5,
+    "preemptions": 1,
+}
 
 WRITTEN: dict[int, list[tuple[type[Wire], dict[str, Any]]]] = {
     1: [(Membership, MEMBERSHIP), (AgentStatus, STATUS), (Termination, TERMINATION)],
@@ -203,8 +222,10 @@ WRITTEN: dict[int, list[tuple[type[Wire], dict[str, Any]]]] = {
     4: [
         (Membership, MEMBERSHIP_4),
         (AgentStatus, STATUS_4),
-        (Termination, TERMINATION | {"progress": PROGRESS_3}),
-        (WorkerConfig, CONFIG_4),
+        (Termination, TERMINATION | {"progress": PROGRESS_3 | {"serving": SERVING}}),
+        (WorkerConfig, CONFIG_4 | {"mode": "Train"}),
+        (WorkerConfig, SERVE_4),
+        (WorkerConfig, BATCH_4),
     ],
 }
 
@@ -226,10 +247,12 @@ def test_what_a_supported_version_wrote_is_read_whole(version: int) -> None:
         assert holds(json.loads(read.to_json()), document), f"{model.__name__}: a member was lost or changed"
 
 
-def test_the_example_of_this_version_has_every_member() -> None:
-    for model, document in WRITTEN[PROTOCOL_VERSION]:
-        assert {field.alias for field in model.model_fields.values()} == set(document), model.__name__
-        assert list(missing(model.model_validate(document).model_dump(by_alias=True), document)) == []
+def test_the_examples_of_this_version_have_every_member() -> None:
+    for model in {model for model, _ in WRITTEN[PROTOCOL_VERSION]}:
+        documents = [document for kind, document in WRITTEN[PROTOCOL_VERSION] if kind is model]
+        assert {field.alias for field in model.model_fields.values()} == set().union(*documents), model.__name__
+        for document in documents:
+            assert list(missing(model.model_validate(document).model_dump(by_alias=True), document)) == []
 
 
 def missing(whole: Any, part: Any, path: str = "") -> Iterator[str]:
@@ -322,6 +345,26 @@ def test_who_recovers_among_agents_needs_a_reader_of_version_4() -> None:
     assert config(recovery={"strategy": "Ladder"}).oldest_reader == 4
     assert config(recovery={"strategy": "RecreateAll", "maxRestarts": 5}).oldest_reader == 1
     assert WorkerConfig.model_validate(CONFIG_3).recovery.strategy == "RecreateAll", "as an older operator restarts"
+
+
+@pytest.mark.parametrize("mode", ["Serve", "Batch"])
+def test_who_serves_needs_a_reader_of_version_4(mode: Mode) -> None:
+    read = WorkerConfig.model_validate(SERVE_4 if mode == "Serve" else BATCH_4)
+    written = WorkerConfig.of(
+        job=read.job,
+        job_uid=read.job_uid,
+        model=read.model,
+        mode=mode,
+        serve=read.serve,
+        batch=read.batch,
+        partition=read.partition,
+        checkpoint=read.checkpoint,
+        recovery=Recovery(strategy="RecreateAll"),
+    )
+    assert written.oldest_reader == 4
+    assert written.engine.batch_tokens == 256
+    with pytest.raises(ValueError, match=f"spec.mode: {mode} does not train; allowed: Train"):
+        _ = written.training
 
 
 def test_who_leaves_has_a_rank_behind_those_who_train() -> None:

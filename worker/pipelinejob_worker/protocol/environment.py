@@ -27,6 +27,12 @@ COORDINATOR_PORT = 8472
 PIECES_PORT = 8473
 """TCP port on which each agent takes and gives snapshots; since protocol 4."""
 
+ENGINE_PORT = 8474
+"""TCP port on which stage 0 of each pipeline of a Serve job listens for fronts; since protocol 4."""
+
+RING_PORT = 8475
+"""TCP port on which each stage of a Serve or Batch job waits for the stage before it; since protocol 4."""
+
 POD_INFO_DIRECTORY = "/etc/pipelinejob"
 """Where the downward-API volume is mounted."""
 
@@ -41,6 +47,9 @@ RECOVERY_DIRECTORY = "/run/pipelinejob"
 
 CHECKPOINT_DIRECTORY = "/checkpoint"
 """Where the claim of ``spec.checkpoint.volumeClaimName`` is mounted."""
+
+SOURCE_DIRECTORY = "/source"
+"""Where the checkpoint claim of the job in ``spec.model.fromJob`` is mounted, read-only; since protocol 4."""
 
 SCRATCH_DIRECTORY = "/tmp"  # noqa: S108 - an emptyDir of the pod's own; the root file system is read-only
 TRACE_FILE = "trace.json"

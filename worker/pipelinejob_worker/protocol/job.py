@@ -6,6 +6,7 @@ from pipelinejob_worker.protocol.base import Wire
 from pipelinejob_worker.protocol.environment import PROTOCOL_VERSION
 from pipelinejob_worker.protocol.model import Model, Partition
 from pipelinejob_worker.protocol.recovery import RECOVERY_SINCE, Recovery
+from pipelinejob_worker.protocol.serve import SERVING_SINCE, Batch, Engine, Mode, Source, Tokenizer
 from pipelinejob_worker.protocol.train import Train
 
 _RECREATE_ALL = Recovery()
@@ -25,7 +26,7 @@ class Checkpoint(Wire):
 
 
 class WorkerConfig(Wire):
-    """What to train and where to save it.
+    """What to train and where to save it, or what to serve; ``mode`` names the section that is set.
 
     ``oldest_reader`` is the oldest version whose workers know all that this job uses: a feature that is newer must
     raise it, or an older image would train without the feature and say nothing.
@@ -36,7 +37,14 @@ class WorkerConfig(Wire):
     job: str
     job_uid: str
     model: Model
-    train: Train
+    mode: Mode = Field("Train", description="Since protocol 4.")
+    train: Train | None = Field(None, description="With mode Train, which is all that protocol 3 knows.")
+    serve: Engine | None = Field(None, description="With mode Serve; since protocol 4.")
+    batch: Batch | None = Field(None, description="With mode Batch; since protocol 4.")
+    source: Source | None = Field(
+        None, description="Whose weights are served, if not those that the model's source has; since protocol 4."
+    )
+    tokenizer: Tokenizer | None = Field(None, description="With the modes Serve and Batch; since protocol 4.")
     partition: Partition = Field(default_factory=Partition)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     recovery: Recovery = Field(default_factory=Recovery, description="Since protocol 4.")
@@ -48,7 +56,12 @@ class WorkerConfig(Wire):
         job: str,
         job_uid: str,
         model: Model,
-        train: Train,
+        mode: Mode = "Train",
+        train: Train | None = None,
+        serve: Engine | None = None,
+        batch: Batch | None = None,
+        source: Source | None = None,
+        tokenizer: Tokenizer | None = None,
         partition: Partition,
         checkpoint: Checkpoint,
         recovery: Recovery = _RECREATE_ALL,
@@ -58,15 +71,37 @@ class WorkerConfig(Wire):
             job=job,
             job_uid=job_uid,
             model=model,
+            mode=mode,
             train=train,
+            serve=serve,
+            batch=batch,
+            source=source,
+            tokenizer=tokenizer,
             partition=partition,
             checkpoint=checkpoint,
             recovery=recovery,
         )
         return config.model_copy(update={"oldest_reader": _oldest_reader(config)})
 
+    @property
+    def training(self) -> Train:
+        """How to train, in mode Train."""
+        if self.train is None:
+            raise ValueError(f"spec.mode: {self.mode} does not train; allowed: Train")
+        return self.train
+
+    @property
+    def engine(self) -> Engine:
+        """How a pipeline computes in the modes Serve and Batch."""
+        engine = self.serve or self.batch
+        if engine is None:
+            raise ValueError(f"spec.mode: {self.mode} does not serve; allowed: Serve or Batch")
+        return engine
+
 
 def _oldest_reader(config: WorkerConfig) -> int:
+    if config.mode != "Train":
+        return SERVING_SINCE
     if config.recovery.strategy == "Ladder":
         return RECOVERY_SINCE
     return 1 if _is_version_2(config) else 3
@@ -75,7 +110,7 @@ def _oldest_reader(config: WorkerConfig) -> int:
 def _is_version_2(config: WorkerConfig) -> bool:
     """Whether workers of protocol 2 know all that the job trains with: everything since then is at its default."""
     used = config.model_dump(exclude_defaults=True, exclude={"protocol_version", "recovery"})
-    return _paths(used) <= _VERSION_2 and config.train.schedule.name in ("GPipe", "1F1B")
+    return _paths(used) <= _VERSION_2 and config.training.schedule.name in ("GPipe", "1F1B")
 
 
 def _paths(value: object, path: str = "") -> set[str]:

@@ -1,4 +1,4 @@
-"""Which model to train: the part of a PipelineJob's spec that names its source."""
+"""Which model to train or serve: the part of a PipelineJob's spec that names its source."""
 
 from typing import Annotated, Literal
 
@@ -30,7 +30,9 @@ class Preset(Wire):
     layers: int = Field(ge=1, le=1024, description="Number of transformer blocks.")
     width: int = Field(ge=8, le=65536, description="Size of the hidden state.")
     heads: int = Field(ge=1, le=1024, description="Number of attention heads; must divide width.")
-    context: int = Field(ge=2, le=1048576, description="Tokens of a training sample.")
+    context: int = Field(
+        ge=2, le=1048576, description="Tokens of a training sample; most tokens of a request that is served."
+    )
     dropout: Decimal = Field("0", description="Dropout probability, for instance 0.1.")
     tie_embeddings: bool = Field(
         False, description="Whether the head uses the weights of the token embedding, also when another stage has it."
@@ -58,7 +60,9 @@ class HuggingFace(Wire):
         "model on the hub, for instance Qwen/Qwen3-0.6B. A path with a leading / is a directory.",
     )
     revision: str = Field("main", max_length=255, description="Branch, tag or commit on the hub.")
-    context: int = Field(ge=2, le=1048576, description="Tokens of a training sample.")
+    context: int = Field(
+        ge=2, le=1048576, description="Tokens of a training sample; most tokens of a request that is served."
+    )
 
 
 class Argument(Wire):

@@ -13,6 +13,7 @@ from pipelinejob_worker.protocol.recovery import (
     RecoveryStatus,
     Traffic,
 )
+from pipelinejob_worker.protocol.serve import Serving
 
 AgentState = Literal["Waiting", "Starting", "Running", "Recovering", "Draining", "Succeeded", "Failed"]
 """``Recovering``: it has run, and waits for the next incarnation of its group; since protocol 4."""
@@ -65,6 +66,7 @@ class Progress(Wire):
     remaining_seconds: float | None = None
     last_checkpoint_step: int = 0
     stages: tuple[StageTiming, ...] = ()
+    serving: Serving | None = Field(None, description="Of the own pipeline of a Serve or Batch job; since protocol 4.")
 
 
 class AgentStatus(Wire):

@@ -8,9 +8,10 @@ from pipelinejob_worker.protocol import HuggingFace, WorkerConfig
 def open_corpus(config: WorkerConfig, model: LayeredModel) -> Corpus:
     """Open the job's data, which may take long; raises ConfigurationError where they do not fit the model."""
     source = config.model.hugging_face
-    own_tokenizer = source and config.train.data.tokenizer == "HuggingFace" and not config.train.data.tokenizer_path
+    data = config.training.data
+    own_tokenizer = source and data.tokenizer == "HuggingFace" and not data.tokenizer_path
     directory = _tokenizer_directory(source) if source and own_tokenizer else ""
-    return Corpus(config.train, model.context, model.vocabulary, directory)
+    return Corpus(config.training, model.context, model.vocabulary, directory)
 
 
 def _tokenizer_directory(source: HuggingFace) -> str:

@@ -40,7 +40,7 @@ def run(assignment: Assignment, link: AgentLink) -> ExitCode:
     Raises ConfigurationError, PeerLostError, SaveError and AgentGoneError.
     """
     config, membership = assignment.config, assignment.membership
-    train = config.train
+    train = config.training
     model = model_of(config.model, documents=train.data.packing == "Documents")
     schedule = build_schedule(
         train.schedule.name,
@@ -113,7 +113,7 @@ class StageJob:
 
     def _train(self, step: int, history: History | None) -> int:
         """Train from ``step`` finished steps on; return how many are finished at the end."""
-        total = self._config.train.steps
+        total = self._config.training.steps
         leave = step == total
         while not leave:
             votes = self._saver.vote() if self._saver else []
@@ -136,8 +136,8 @@ class StageJob:
         return step
 
     def _validate(self, step: int, leave: bool) -> None:
-        if self._config.train.data.validation_percent and (
-            leave or step % self._config.train.validate_every_steps == 0
+        if self._config.training.data.validation_percent and (
+            leave or step % self._config.training.validate_every_steps == 0
         ):
             self._validation = (step, self._loop.validate())
             if self._tells_loss:
@@ -170,7 +170,7 @@ class StageJob:
 
     def _end(self, step: int) -> ExitCode:
         saved_step = self._saver.saved_step if self._saver else 0
-        if step < self._config.train.steps:
+        if step < self._config.training.steps:
             log.info("drained", step=step, last_checkpoint_step=saved_step)
             return ExitCode.DRAINED
         if self._saver and saved_step < step:
@@ -209,7 +209,7 @@ def _open_store(assignment: Assignment, model: LayeredModel) -> CheckpointStore 
         return None
     store = CheckpointStore(
         Path(assignment.checkpoint_directory),
-        f"{model.fingerprint} seed={assignment.config.train.seed}",
+        f"{model.fingerprint} seed={assignment.config.training.seed}",
         assignment.attempt,
     )
     store.check_writable(assignment.membership.rank)

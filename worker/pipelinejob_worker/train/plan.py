@@ -38,7 +38,7 @@ class Plan:
 
     def expectation(self, config: WorkerConfig, model: LayeredModel, group: Group) -> Expectation:
         """What a meter needs to know."""
-        train, schedule = config.train, config.train.schedule
+        train, schedule = config.training, config.training.schedule
         microbatches = train.microbatches // group.pipelines
         tokens = train.global_batch_size * model.context
         peak = peak_flops(group.device, train.precision)
@@ -60,7 +60,7 @@ def cut(config: WorkerConfig, model: LayeredModel, schedule: Schedule, group: Gr
     The layers are measured on the devices; ``cache``: directory that keeps what was measured. Raises
     ConfigurationError where the model cannot be cut so.
     """
-    train, layers, chunks = config.train, len(model.names), len(schedule.stage_of)
+    train, layers, chunks = config.training, len(model.names), len(schedule.stage_of)
     if layers < chunks:
         even(layers, chunks)  # says so
     profile = measured_costs(model, train.global_batch_size // train.microbatches, train, group, cache)
@@ -100,8 +100,8 @@ def _memory(config: WorkerConfig, schedule: Schedule, group: Group) -> Memory | 
         if group.device.type != "cuda":
             return None
         limit = float(torch.cuda.get_device_properties(group.device).total_memory)
-    moments = {"AdamW": 2, "SGD": 1}[config.train.optimizer.name]
-    chunks = config.train.schedule.chunks_per_stage
+    moments = {"AdamW": 2, "SGD": 1}[config.training.optimizer.name]
+    chunks = config.training.schedule.chunks_per_stage
     return Memory(
         limits=[limit] * group.stages,
         live_microbatches=[schedule.live_microbatches(stage) / chunks for stage in range(group.stages)],

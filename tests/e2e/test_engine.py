@@ -131,7 +131,8 @@ from safetensors.torch import load_file
 model = AutoModelForCausalLM.from_pretrained("/volume/exported").eval()
 block = load_file("/checkpoint/step-000000060/layers.1.safetensors")
 own = model.model.layers[1].state_dict()
-saved = {name.removeprefix("weight."): tensor for name, tensor in block.items() if name.startswith("weight.")}
+prefix = "layers.1.weight."
+saved = {name.removeprefix(prefix): tensor for name, tensor in block.items() if name.startswith(prefix)}
 assert len(own) == len(saved) and all(torch.equal(own[name], saved[name]) for name in own), sorted(saved)
 print("reloaded", sum(parameter.numel() for parameter in model.parameters()))
 """

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from pipelinejob_worker.protocol import Membership
-from pipelinejob_worker.state.checkpoint import CheckpointStore, Written
+from pipelinejob_worker.state.checkpoint import CheckpointStore, Written, global_names
 from pipelinejob_worker.state.commit import Resumed, resume
 from pipelinejob_worker.state.saver import AsyncSaver
 from pipelinejob_worker.state.snapshot import Tensors
@@ -48,6 +48,11 @@ def same(read: Mapping[int, Tensors], step: int) -> bool:
     )
 
 
+def content_of(name: str, tensors: dict[str, torch.Tensor]) -> bytes:
+    """The file of a layer."""
+    return safetensors.torch.save(global_names(name, tensors))
+
+
 def store(directory: Path, attempt: int = 0) -> CheckpointStore:
     """The checkpoints in a directory, for one incarnation of the toy job."""
     return CheckpointStore(directory, FINGERPRINT, attempt)
@@ -55,9 +60,7 @@ def store(directory: Path, attempt: int = 0) -> CheckpointStore:
 
 def save(to: CheckpointStore, step: int) -> None:
     """Save a checkpoint as a single rank, without a thread."""
-    files = {
-        name: to.write_layer(step, name, safetensors.torch.save(layer(index, step))) for index, name in enumerate(NAMES)
-    }
+    files = {name: to.write_layer(step, name, content_of(name, layer(index, step))) for index, name in enumerate(NAMES)}
     to.write_list(step, 0, Written(part=0, layers=files))
     to.publish(step, NAMES, ranks=1, extra={"goodSteps": step})
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 from pydantic import ValidationError
+from torch.distributed import checkpoint as distributed_checkpoint
 
 from pipelinejob_worker.errors import ConfigurationError
-from pipelinejob_worker.state.checkpoint import CheckpointDamagedError, CheckpointStore, Written
+from pipelinejob_worker.state.checkpoint import CheckpointDamagedError, CheckpointStore, Written, global_names
 from pipelinejob_worker.state.history import History
-from tests.unit.worker.checkpoints import NAMES, SHAPES, layer, read, same, save, store
+from tests.unit.worker.checkpoints import NAMES, SHAPES, content_of, layer, read, same, save, store
 
 
 def listing(directory: Path) -> list[str]:
@@ -20,9 +22,7 @@ def listing(directory: Path) -> list[str]:
 def write_parts(to: CheckpointStore, step: int, parts: int, missing: set[tuple[str, int]] = frozenset()) -> None:
     for part in range(parts):
         files = {
-            name: to.write_layer(
-                step, name, safetensors.torch.save(layer(index, step, part, parts)), part=part, parts=parts
-            )
+            name: to.write_layer(step, name, content_of(name, layer(index, step, part, parts)), part=part, parts=parts)
             for index, name in enumerate(NAMES)
             if (name, part) not in missing
         }
@@ -37,6 +37,27 @@ def test_a_published_checkpoint_is_read_back_bit_by_bit(tmp_path: Path) -> None:
     again = store(tmp_path)
     assert again.complete_steps() == [120]
     assert same(read(again, 120), 120)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_torch_reads_a_checkpoint_by_global_names(tmp_path: Path, parts: int) -> None:
+    write_parts(store(tmp_path), 7, parts)
+    store(tmp_path).publish(7, NAMES, ranks=parts, parts=parts, extra={})
+    wanted = {
+        key: tensor for index, name in enumerate(NAMES) for key, tensor in global_names(name, layer(index, 7)).items()
+    }
+    state = {key: torch.zeros_like(tensor) for key, tensor in wanted.items()}
+    reader = distributed_checkpoint.HuggingFaceStorageReader(str(tmp_path / "step-000000007"))
+    distributed_checkpoint.load(state, storage_reader=reader, no_dist=True)
+    assert all(torch.equal(state[key], tensor) for key, tensor in wanted.items())
+
+
+def test_names_of_workers_before_protocol_4_are_read(tmp_path: Path) -> None:
+    checkpoints = store(tmp_path)
+    file = checkpoints.write_layer(7, "head", safetensors.torch.save(layer(0, 7)))
+    checkpoints.write_list(7, 0, Written(part=0, layers={"head": file}))
+    checkpoints.publish(7, ["head"], ranks=1, extra={})
+    assert same({0: checkpoints.read_layer(checkpoints.manifest(7), "head", SHAPES)}, 7)
 
 
 def test_parts_of_a_layer_are_read_as_one(tmp_path: Path) -> None:

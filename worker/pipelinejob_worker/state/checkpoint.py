@@ -15,6 +15,10 @@ Layout under the volume's directory::
     step-000000080.deleted-3/        being deleted
     latest                           name of the newest complete checkpoint
 
+Within the files a tensor's name begins with its layer's, so it is unique in the whole checkpoint:
+``blocks.0.weight.mlp.bias``. So ``torch.distributed.checkpoint`` reads one, at any sharding, with its
+HuggingFaceStorageReader. It does not write them: its planners exchange pickled objects, and it knows no checksums.
+
 A checkpoint is complete when its directory has its final name: the rename comes after all files are on the
 volume. This module does no communication; ``commit`` lets the ranks agree.
 """
@@ -216,6 +220,11 @@ class CheckpointStore:
         return self._directory / f"step-{step:09d}.deleted-{self._attempt}"
 
 
+def global_names(layer: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name a layer's tensors as they are in its file."""
+    return {f"{layer}.{key}": tensor for key, tensor in tensors.items()}
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Read the manifest of the complete checkpoint in ``directory``. Raises CheckpointDamagedError."""
     return _read_json(directory / MANIFEST, Manifest)
@@ -234,11 +243,19 @@ def read_layer(directory: Path, manifest: Manifest, name: str) -> dict[str, torc
     tensors: dict[str, torch.Tensor] = {}
     for part, file in enumerate(files):
         path = directory / _file_name(name, part, len(files))
-        read = _read_file(path, file)
+        read = _local_names(name, _read_file(path, file))
         if twice := sorted(read.keys() & tensors.keys()):
             raise CheckpointDamagedError(f"{path}: tensor {twice[0]} is in another part of the layer, too")
         tensors |= read
     return tensors
+
+
+def _local_names(layer: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Undo ``global_names``; workers before protocol 4 wrote a layer's own names."""
+    prefix = f"{layer}."
+    if not all(key.startswith(prefix) for key in tensors):
+        return tensors
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
 def _merged(written: Sequence[Written], names: Sequence[str], parts: int) -> dict[str, Files]:

@@ -9,7 +9,7 @@ import structlog
 import torch
 
 from pipelinejob_worker.protocol import Membership
-from pipelinejob_worker.state.checkpoint import CheckpointDamagedError, CheckpointStore, Written
+from pipelinejob_worker.state.checkpoint import CheckpointDamagedError, CheckpointStore, Written, global_names
 from pipelinejob_worker.state.commit import DONE, PENDING, Agreement, Phase, Resumed, Sum
 from pipelinejob_worker.state.snapshot import Snapshot, Tensors
 
@@ -80,7 +80,7 @@ class AsyncSaver:
         self._agreement = self._agreement.begin(step)
         self._started = time.monotonic()
         self._extra = dict(extra)
-        self._snapshot.take(layers)
+        self._snapshot.take({name: global_names(name, tensors) for name, tensors in layers.items()})
         self._task = _Task(lambda: self._write(step, first))
 
     def vote(self) -> list[float]:

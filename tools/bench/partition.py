@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipelinejob_worker.models import Cost, LayeredModel
+from pipelinejob_worker.models import Cost, ListModel
 from pipelinejob_worker.pipeline.group import Group
 from pipelinejob_worker.pipeline.schedule import build_schedule
 from pipelinejob_worker.protocol import Data, Model, Partition, Preset, Schedule, Train, WorkerConfig
@@ -59,7 +59,7 @@ class SleepingLayer(nn.Module):
         return result
 
 
-class UnevenModel(LayeredModel):
+class UnevenModel(ListModel):
     """One layer for each of ``MILLISECONDS``."""
 
     def __init__(self) -> None:
@@ -72,7 +72,8 @@ class UnevenModel(LayeredModel):
         """Any number will do."""
         return logits.sum()
 
-    def _build(self, index: int, seed: int) -> nn.Module:
+    def layer(self, index: int, seed: int) -> nn.Module:
+        """Build one layer."""
         return SleepingLayer(MILLISECONDS[index] / 1000)
 
 

@@ -14,7 +14,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 
 from pipelinejob_worker.data import Batch
-from pipelinejob_worker.models import LayeredModel
+from pipelinejob_worker.models import ListModel
 from pipelinejob_worker.models.layered import Cost
 from pipelinejob_worker.pipeline.group import Group
 from pipelinejob_worker.pipeline.schedule import bubble_limit, build_schedule, place_chunks
@@ -73,7 +73,7 @@ class SleepingLayer(nn.Module):
         return result
 
 
-class SleepingModel(LayeredModel):
+class SleepingModel(ListModel):
     """One sleeping layer for each chunk."""
 
     def __init__(self, chunks: int) -> None:
@@ -88,7 +88,8 @@ class SleepingModel(LayeredModel):
         """Any number will do."""
         return logits.sum()
 
-    def _build(self, index: int, seed: int) -> nn.Module:
+    def layer(self, index: int, seed: int) -> nn.Module:
+        """Build one layer."""
         return SleepingLayer()
 
 

@@ -83,7 +83,8 @@ WRONG: dict[str, tuple[str, str]] = {
     "raises": ("def build(): raise KeyError('layers\\nare missing')", "raised KeyError: 'layers"),
     "another type": ("def build(): return 5", "returned a int"),
     "unfinished": (
-        "from pipelinejob_worker.models import LayeredModel\ndef build(): return LayeredModel()",
+        "from pipelinejob_worker.models import ListModel\n"
+        "class Own(ListModel):\n    def layer(self, index, seed): ...\ndef build(): return Own()",
         "returned a model without names",
     ),
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipelinejob_worker.models import LayeredModel, model_of
+from pipelinejob_worker.models import LayeredModel, ListModel, model_of
 from pipelinejob_worker.models.layered import Cost
 from pipelinejob_worker.pipeline.group import Group
 from pipelinejob_worker.pipeline.partition import LayerCost, balanced, chunk_times
@@ -77,7 +77,7 @@ class Sleeper(nn.Module):
         return Sleep.apply(hidden, forward, for_input) * Sleep.apply(self.weight, 0.0, for_weight)
 
 
-class Sleepers(LayeredModel):
+class Sleepers(ListModel):
     """A layer for each entry of ``MILLISECONDS``; ``slowness`` multiplies all of them."""
 
     names = tuple(f"sleeper.{index}" for index in range(len(MILLISECONDS)))
@@ -88,7 +88,7 @@ class Sleepers(LayeredModel):
     def __init__(self, slowness: float = 1.0) -> None:
         self._slowness = slowness
 
-    def _build(self, index: int, seed: int) -> nn.Module:
+    def layer(self, index: int, seed: int) -> nn.Module:
         return Sleeper(tuple(self._slowness * part / 1000 for part in MILLISECONDS[index]), embeds=index == 0)
 
 

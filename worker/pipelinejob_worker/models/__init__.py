@@ -1,7 +1,7 @@
 """Models as an ordered list of named layers, whatever their source."""
 
 from pipelinejob_worker.models.gpt import Gpt
-from pipelinejob_worker.models.layered import IGNORED, Chunk, ChunkOfList, Cost, LayeredModel, Tie
+from pipelinejob_worker.models.layered import IGNORED, Chunk, ChunkOfList, Cost, LayeredModel, ListModel, Tie
 from pipelinejob_worker.models.module import model_of_module
 from pipelinejob_worker.models.packing import check_packing
 from pipelinejob_worker.protocol import Model
@@ -24,4 +24,4 @@ def model_of(source: Model, *, documents: bool = False) -> LayeredModel:
     raise ValueError("spec.model: no source is set; allowed: one of preset, huggingFace, module")
 
 
-__all__ = ["IGNORED", "Chunk", "ChunkOfList", "Cost", "LayeredModel", "Tie", "check_packing", "model_of"]
+__all__ = ["IGNORED", "Chunk", "ChunkOfList", "Cost", "LayeredModel", "ListModel", "Tie", "check_packing", "model_of"]

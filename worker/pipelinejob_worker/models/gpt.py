@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipelinejob_worker.models.layered import Cost, LayeredModel, Tie
+from pipelinejob_worker.models.layered import Cost, ListModel, Tie
 from pipelinejob_worker.models.randomness import mix
 from pipelinejob_worker.protocol import Preset
 
@@ -96,7 +96,7 @@ def same_document(positions: torch.Tensor) -> torch.Tensor:
     return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
 
 
-class Gpt(LayeredModel):
+class Gpt(ListModel):
     """Layers ``embedding``, ``blocks.0`` ... ``blocks.<n-1>``, ``head``.
 
     ``documents``: samples hold several documents, so the blocks need a mask; without it attention is faster.
@@ -117,7 +117,8 @@ class Gpt(LayeredModel):
             f"dropout={float(preset.dropout)!r}"
         ) + (" tied" if preset.tie_embeddings else "")
 
-    def _build(self, index: int, seed: int) -> nn.Module:
+    def layer(self, index: int, seed: int) -> nn.Module:
+        """Build one layer."""
         torch.manual_seed(mix(seed, index))
         if index == 0:
             return Embedding(self._preset)
@@ -125,7 +126,7 @@ class Gpt(LayeredModel):
             return Block(self._preset, documents=self._documents)
         head = Head(self._preset)
         if self.ties:  # the bits of the other end, which another stage may have built
-            embedding = self._build(0, seed)
+            embedding = self.layer(0, seed)
             assert isinstance(embedding, Embedding)
             head.vocabulary.weight = nn.Parameter(embedding.token.weight.detach().clone())
         return head

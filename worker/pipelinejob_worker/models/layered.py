@@ -102,11 +102,11 @@ class LayeredModel(ABC):
     separates_documents: bool = True
     """Whether the layers obey ``positions``, so that documents in one sample do not see each other."""
 
+    @abstractmethod
     def build(self, indices: range, seed: int) -> Chunk:
         """Build the layers ``indices`` on the CPU in float32; each layer's weights are a function of
         ``(seed, index)`` or come from the model's files, never of the other layers built with it.
         """
-        return ChunkOfList({index: self._build(index, seed) for index in indices})
 
     def inputs(self, samples: int) -> torch.Tensor:
         """Return shape and type of a microbatch of token ids, on the meta device: ``[samples, context]``."""
@@ -125,6 +125,14 @@ class LayeredModel(ABC):
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
-    def _build(self, index: int, seed: int) -> nn.Module:
-        """Build layer ``index``, for models whose chunks are lists."""
-        raise NotImplementedError
+
+class ListModel(LayeredModel):
+    """A model whose layers are called one after another, as ``layer(hidden, positions)``."""
+
+    def build(self, indices: range, seed: int) -> Chunk:
+        """Build the layers ``indices``."""
+        return ChunkOfList({index: self.layer(index, seed) for index in indices})
+
+    @abstractmethod
+    def layer(self, index: int, seed: int) -> nn.Module:
+        """Build one layer on the CPU in float32, its weights a function of ``(seed, index)``."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from pipelinejob_operator.api.network import Network
 from pipelinejob_operator.api.status import MAX_PODS, Status
 from pipelinejob_worker.protocol import Checkpoint, Env, Model, Partition, Train
 from pipelinejob_worker.protocol.base import Wire
@@ -126,34 +127,6 @@ class Placement(Wire):
         description="Node labels from the widest domain to the narrowest, for instance zone, rack, host. Neighbouring "
         "stages prefer to share the narrowest. Empty: the chart's default.",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
-    )
-
-
-class NcclVariable(Wire):
-    """A variable of NCCL."""
-
-    name: str = Field(pattern=r"^NCCL_[A-Z0-9_]+$", max_length=128, description="Name, for instance NCCL_DEBUG.")
-    value: str = Field(max_length=1024, description="Value.")
-
-
-class Network(Wire):
-    """How the stages talk."""
-
-    network_policy: Literal["Enabled", "Disabled"] = Field(
-        "Enabled",
-        description="Enabled: a NetworkPolicy admits only the job's own pods and the operator's status reads, and "
-        "lets the stages reach each other and DNS.",
-    )
-    interface: str = Field(
-        "",
-        max_length=64,
-        description="Network interface of the stages' traffic, for NCCL and gloo. Empty: chosen by them.",
-    )
-    nccl: list[NcclVariable] = Field(
-        [],
-        max_length=64,
-        description="Variables of NCCL.",
-        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
     )
 
 

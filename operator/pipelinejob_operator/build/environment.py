@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pipelinejob_operator.build import wiring
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.names import pod_host
 from pipelinejob_operator.build.place import Place
@@ -15,11 +16,11 @@ Variables = list[dict[str, Any]]
 
 def replaceable(job: Job) -> Variables:
     """Variables that stand before the template's own, which win: of two with one name the last counts."""
-    if job.spec.model.hugging_face is None:
-        return []
-    values = {"HF_HOME": HUGGING_FACE_HOME, "HF_HUB_DISABLE_TELEMETRY": "1"}
-    if not job.spec.model.from_hub:
-        values["HF_HUB_OFFLINE"] = "1"  # a file that the directory lacks is an error, not a reason to ask the hub
+    values = dict(wiring.DEFAULTS)
+    if job.spec.model.hugging_face is not None:
+        values |= {"HF_HOME": HUGGING_FACE_HOME, "HF_HUB_DISABLE_TELEMETRY": "1"}
+        if not job.spec.model.from_hub:
+            values["HF_HUB_OFFLINE"] = "1"  # a file that the directory lacks is an error, not a reason to ask the hub
     return [{"name": name, "value": value} for name, value in values.items()]
 
 
@@ -44,11 +45,8 @@ def fixed(job: Job, place: Place) -> Variables:
         Env.ATTEMPT: str(attempt),
     }
     fields = {Env.POD_IP: "status.podIP", Env.NODE: "spec.nodeName"}
-    interface = job.spec.network.interface
-    network = {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface} if interface else {}
-    network |= {variable.name: variable.value for variable in job.spec.network.nccl}
     return [
         *({"name": str(name), "value": value} for name, value in values.items()),
         *({"name": str(name), "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()),
-        *({"name": name, "value": value} for name, value in network.items()),
+        *({"name": name, "value": value} for name, value in wiring.variables(job.spec.network).items()),
     ]

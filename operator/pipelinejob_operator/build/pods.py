@@ -9,7 +9,7 @@ needs.
 import copy
 from typing import Any
 
-from pipelinejob_operator.build import environment
+from pipelinejob_operator.build import environment, wiring
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.names import (
@@ -52,6 +52,7 @@ def stage_pod(job: Job, place: Place, installation: Installation, *, share_host:
     spec.setdefault("terminationGracePeriodSeconds", GRACE_SECONDS)
     spec.setdefault("automountServiceAccountToken", False)
     spec.setdefault("enableServiceLinks", False)
+    wiring.wire(spec, spec["containers"][0], job.spec.network)
     _place(spec, job, labels, installation, share_host=share_host)
     return {
         "apiVersion": "v1",
@@ -60,7 +61,8 @@ def stage_pod(job: Job, place: Place, installation: Installation, *, share_host:
             "name": name,
             "namespace": job.namespace,
             "labels": (user_meta.get("labels") or {}) | labels,
-            "annotations": (user_meta.get("annotations") or {})
+            "annotations": wiring.annotations(job.spec.network)
+            | (user_meta.get("annotations") or {})
             | {MEMBERSHIP_ANNOTATION: "", CONFIG_ANNOTATION: job.config().to_json()},
             "ownerReferences": [job.owner_reference()],
         },

@@ -14,7 +14,10 @@ CURES = {
     Reason.LIMIT_RANGE_EXCEEDED: (
         "set resources of the container worker in spec.template within the limits of the namespace's LimitRange"
     ),
-    Reason.POD_SECURITY_VIOLATION: "remove from spec.template what the namespace's pod security level forbids",
+    Reason.POD_SECURITY_VIOLATION: (
+        "remove from spec.template and spec.network what the namespace's pod security level forbids, such as "
+        "hostNetwork"
+    ),
     Reason.NAME_TAKEN: "delete that object, or give the job another name",
     Reason.POD_REFUSED: "mend what it names",
 }

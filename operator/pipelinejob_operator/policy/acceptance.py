@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pipelinejob_operator.api.v1alpha1 import Spec
 from pipelinejob_operator.build.names import GATE
 from pipelinejob_operator.build.volumes import OUR_MOUNT_PATHS, OUR_VOLUMES
+from pipelinejob_operator.build.wiring import NETWORKS_ANNOTATION
 from pipelinejob_operator.policy.facts import Claim, Manifest
 from pipelinejob_operator.policy.reasons import Reason, Verdict
 from pipelinejob_worker.protocol import WORKER_CONTAINER
@@ -108,6 +109,18 @@ def _template_problems(pod: Manifest) -> Iterator[str]:
         yield f"schedulingGates: {GATE} belongs to the operator; remove it"
 
 
+def networks_are_named_once(case: Case) -> Verdict | None:
+    """Multus reads one annotation, which the spec and the template cannot both write."""
+    given = (case.template.get("metadata") or {}).get("annotations") or {}
+    if not case.spec.network.additional_networks or NETWORKS_ANNOTATION not in given:
+        return None
+    return Verdict(
+        Reason.INVALID_TEMPLATE,
+        f"spec.template.metadata.annotations: {NETWORKS_ANNOTATION} is set by spec.network.additionalNetworks; name "
+        "all networks there, or all in the annotation",
+    )
+
+
 def claim_can_be_shared(case: Case) -> Verdict | None:
     """A claim that only one pod may mount serves one stage."""
     pods = case.spec.stages * case.spec.pipelines
@@ -126,5 +139,6 @@ CHAIN: tuple[Callable[[Case], Verdict | None], ...] = (
     boundaries_lie_inside,
     configuration_fits,
     template_leaves_ours_alone,
+    networks_are_named_once,
     claim_can_be_shared,
 )

@@ -72,11 +72,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "metadata.name: Invalid value: a.b cannot name the pods; allowed: at most 40 characters of a-z, 0-9 and -, a "
         "letter first",
     ),
-    "an NCCL variable of another kind": (
-        {"spec__network": {"nccl": [{"name": "LD_PRELOAD", "value": "x"}]}},
-        'spec.network.nccl[0].name: Invalid value: "LD_PRELOAD": spec.network.nccl[0].name in body should match '
-        "'^NCCL_[A-Z0-9_]+$'",
-    ),
 }
 
 

@@ -15,6 +15,7 @@ Object = dict[str, Any]
 _BLOCK = re.compile(r"^( *)```yaml\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"```.*?```", re.DOTALL)
+_INLINE_CODE = re.compile(r"`[^`\n]+`")
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
@@ -33,7 +34,7 @@ def yaml_blocks(page: Path) -> Iterator[Object]:
 
 def links(page: Path) -> list[str]:
     """Targets of a page's links within the project."""
-    found = _LINK.findall(_CODE.sub("", page.read_text()))
+    found = _LINK.findall(_INLINE_CODE.sub("", _CODE.sub("", page.read_text())))
     return [target for target in found if not re.match(r"[a-z]+:", target)]
 
 

@@ -101,12 +101,6 @@ class TestStagePod:
         assert {"name": "pipelinejob-checkpoint", "mountPath": "/checkpoint"} in worker(pod)["volumeMounts"]
         assert "pipelinejob-checkpoint" not in str(built())
 
-    def test_the_network_interface_is_told_to_nccl_and_gloo_and_the_users_variables_win(self) -> None:
-        found = environment(built(network={"interface": "eth1"}))
-        assert (found["NCCL_SOCKET_IFNAME"], found["GLOO_SOCKET_IFNAME"]) == ("eth1", "eth1")
-        nccl = [{"name": "NCCL_SOCKET_IFNAME", "value": "ib0"}]
-        assert environment(built(network={"interface": "eth1", "nccl": nccl}))["NCCL_SOCKET_IFNAME"] == "ib0"
-
     def test_a_model_from_a_directory_never_asks_the_hub_and_caches_in_scratch_space(self) -> None:
         found = environment(built(model=hugging_face("/models/llama")))
         assert found["HF_HOME"].startswith("/tmp/")

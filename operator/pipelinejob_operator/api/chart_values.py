@@ -123,6 +123,13 @@ class Values(_Values):
         description="Node labels from the widest domain to the narrowest; neighbouring stages prefer to share the "
         "narrowest. A job may name its own.",
     )
+    schedulers: list[Literal["PodGroup", "Volcano", "SchedulerPlugins"]] = Field(
+        [],
+        max_length=3,
+        description="Schedulers that jobs may be delegated to and that want a PodGroup, which the operator then gets "
+        "the rights to write: PodGroup (gangs of kube-scheduler, scheduling.k8s.io), Volcano, SchedulerPlugins. "
+        "Affinity and Kueue need none.",
+    )
     crds: Crds = Crds()
     user_roles: UserRoles = UserRoles()
     creator_policy: CreatorPolicy = CreatorPolicy()

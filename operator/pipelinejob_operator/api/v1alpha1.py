@@ -4,11 +4,12 @@
 here; what it cannot say is checked by ``policy/acceptance.py`` and becomes the condition ``Accepted=False``.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from pipelinejob_operator.api.network import Network
+from pipelinejob_operator.api.placement import Placement
 from pipelinejob_operator.api.status import MAX_PODS, Status
 from pipelinejob_worker.protocol import Checkpoint, Env, Model, Partition, Train
 from pipelinejob_worker.protocol.base import Wire
@@ -30,8 +31,6 @@ RESERVED_ENV = sorted(Env)
 """Environment names that the operator sets, so a template may not."""
 
 _IMMUTABLE = ("mode", "model", "train", "partition", "template", "gpu", "placement", "network")
-
-LabelKey = Annotated[str, Field(min_length=1, max_length=316)]
 
 
 def _immutable(field: str) -> dict[str, str]:
@@ -116,18 +115,6 @@ class Gpu(Wire):
         "nvidia.com/gpu", min_length=1, max_length=316, description="Extended resource that a stage asks for."
     )
     count: int = Field(1, ge=0, le=16, description="How many of it a stage asks for; 0 asks for none.")
-
-
-class Placement(Wire):
-    """Where the stages run."""
-
-    topology_levels: list[LabelKey] = Field(
-        [],
-        max_length=8,
-        description="Node labels from the widest domain to the narrowest, for instance zone, rack, host. Neighbouring "
-        "stages prefer to share the narrowest. Empty: the chart's default.",
-        json_schema_extra={"x-kubernetes-list-type": "atomic"},
-    )
 
 
 class Recovery(Wire):

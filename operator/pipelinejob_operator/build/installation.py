@@ -15,3 +15,5 @@ class Installation:
     topology_levels: tuple[str, ...] = ("topology.kubernetes.io/zone", "kubernetes.io/hostname")
     """Node labels from the widest domain to the narrowest."""
     operator_namespace: str = "default"
+    schedulers: tuple[str, ...] = ()
+    """Schedulers whose PodGroups the operator has rights to, as ``spec.placement.delegated.to`` names them."""

@@ -24,6 +24,11 @@ def pod_name(job: str, place: Place, attempt: int) -> str:
     return f"{job}{pipeline}-s{place.stage}-a{attempt}"
 
 
+def gang_name(job: str, attempt: int) -> str:
+    """Name of the gang of one attempt, where a scheduler must tell it from the one before."""
+    return f"{job}-a{attempt}"
+
+
 def network_name(job: str) -> str:
     """Name of the headless Service and of the NetworkPolicy: the job's own."""
     return job

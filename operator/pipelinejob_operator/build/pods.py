@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 from pipelinejob_operator.build import environment, wiring
+from pipelinejob_operator.build.delegation import KUEUE_QUEUE, Delegate, join
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.names import (
@@ -22,7 +23,7 @@ from pipelinejob_operator.build.names import (
 )
 from pipelinejob_operator.build.place import Place
 from pipelinejob_operator.build.volumes import stage_volumes
-from pipelinejob_operator.placement.affinity import near_neighbours, one_host
+from pipelinejob_operator.placement.affinity import HOST_LEVEL, near_neighbours, together
 from pipelinejob_worker.protocol import STATUS_PORT, WORKER_CONTAINER
 
 AGENT_COMMAND = ["python3", "-m", "pipelinejob_worker.agent"]
@@ -32,8 +33,13 @@ NODE_LOSS_SECONDS = 30
 """How long a pod stays bound to a node that does not answer; 300 s, the default, hold up the gang."""
 
 
-def stage_pod(job: Job, place: Place, installation: Installation, *, share_host: bool) -> dict[str, Any]:
-    """Build the pod of the stage at ``place`` in the present attempt; ``share_host`` keeps all stages on one node."""
+def stage_pod(
+    job: Job, place: Place, installation: Installation, *, share_host: bool, delegate: Delegate | None = None
+) -> dict[str, Any]:
+    """Build the pod of the stage at ``place`` in the present attempt.
+
+    ``share_host`` keeps all stages on one node; ``delegate`` is the scheduler that places them, if it is not us.
+    """
     name = pod_name(job.name, place, job.status.attempt)
     labels = stage_labels(job.name, job.uid, place, job.status.attempt)
     user_meta = job.template.get("metadata") or {}
@@ -53,8 +59,8 @@ def stage_pod(job: Job, place: Place, installation: Installation, *, share_host:
     spec.setdefault("automountServiceAccountToken", False)
     spec.setdefault("enableServiceLinks", False)
     wiring.wire(spec, spec["containers"][0], job.spec.network)
-    _place(spec, job, labels, installation, share_host=share_host)
-    return {
+    _place(spec, job, labels, installation, share_host=share_host, delegate=delegate)
+    pod = {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {
@@ -68,6 +74,9 @@ def stage_pod(job: Job, place: Place, installation: Installation, *, share_host:
         },
         "spec": spec,
     }
+    if delegate:
+        join(pod, job, place, delegate)
+    return pod
 
 
 def _worker(job: Job, place: Place, installation: Installation, mounts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -133,12 +142,23 @@ def _tolerations(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _place(
-    spec: dict[str, Any], job: Job, labels: dict[str, str], installation: Installation, *, share_host: bool
+    spec: dict[str, Any],
+    job: Job,
+    labels: dict[str, str],
+    installation: Installation,
+    *,
+    share_host: bool,
+    delegate: Delegate | None,
 ) -> None:
     """Add the terms of placement to the user's own affinity."""
     levels = job.spec.placement.topology_levels or installation.topology_levels
-    preferred = near_neighbours(labels, job.spec.stages, levels)
-    required = [one_host(labels)] if share_host else []
+    preferred, required = near_neighbours(labels, job.spec.stages, levels), []
+    if share_host:
+        required.append(together(labels, HOST_LEVEL))
+    if delegate is KUEUE_QUEUE:
+        preferred = []  # at most 8 different pod specs make a pod group, and Kueue orders the ranks by itself
+    elif delegate and job.spec.placement.required_level:
+        required.append(together(labels, job.spec.placement.required_level))
     if not preferred and not required:
         return
     rules = spec.setdefault("affinity", {}).setdefault("podAffinity", {})

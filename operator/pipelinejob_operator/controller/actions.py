@@ -8,7 +8,7 @@ from pipelinejob_operator.policy.facts import StagePod
 
 @dataclass(frozen=True)
 class ApplyObject:
-    """Create a Service or NetworkPolicy, or bring it in line."""
+    """Create a Service, NetworkPolicy or PodGroup, or bring it in line."""
 
     manifest: dict[str, Any]
 
@@ -43,8 +43,16 @@ class DeletePod:
 
 
 @dataclass(frozen=True)
+class ReleasePod:
+    """Take a finalizer off a pod that is over."""
+
+    pod: StagePod
+    finalizer: str
+
+
+@dataclass(frozen=True)
 class DeleteJob:
     """Delete the job, if it is still the one we saw."""
 
 
-Action = ApplyObject | CreatePod | OpenGate | SetMembership | DeletePod | DeleteJob
+Action = ApplyObject | CreatePod | OpenGate | SetMembership | DeletePod | ReleasePod | DeleteJob

@@ -20,6 +20,7 @@ from pipelinejob_operator.controller.actions import (
     DeleteJob,
     DeletePod,
     OpenGate,
+    ReleasePod,
     SetMembership,
 )
 from pipelinejob_operator.controller.refusals import classify
@@ -31,15 +32,15 @@ from pipelinejob_operator.runtime.client import (
     CONFLICT,
     FORBIDDEN,
     JOBS,
-    NETWORK_POLICIES,
     PODS,
-    SERVICES,
     UNPROCESSABLE,
     ApiError,
     Kubernetes,
+    Resource,
 )
 
 AT_ONCE = 16
+PLURALS = {"Service": "services", "NetworkPolicy": "networkpolicies", "PodGroup": "podgroups"}
 HASH_ANNOTATION = f"{GROUP}/manifest-hash"
 
 log = structlog.get_logger(__name__)
@@ -116,6 +117,13 @@ class Executor:
                 )
             case DeletePod(pod):
                 await self._delete_pod(job, pod)
+            case ReleasePod(pod, finalizer):
+                path = f"/metadata/finalizers/{pod.finalizers.index(finalizer)}"
+                await self._patch_pod(
+                    job,
+                    pod,
+                    [{"op": "test", "path": path, "value": finalizer}, {"op": "remove", "path": path}],
+                )
             case DeleteJob():
                 log.info("deleting the finished job, its time to live is over")
                 await self._kubernetes.delete(JOBS, job.namespace, job.name, job.uid)
@@ -149,7 +157,8 @@ class Executor:
     async def _apply(self, job: Job, manifest: Manifest) -> Refused | None:
         """Create an object or bring it in line; nothing is written where its hash is as wanted."""
         kind, meta = manifest["kind"], manifest["metadata"]
-        resource = {"Service": SERVICES, "NetworkPolicy": NETWORK_POLICIES}[kind]
+        prefix = "/apis" if "/" in manifest["apiVersion"] else "/api"
+        resource = Resource(f"{prefix}/{manifest['apiVersion']}", PLURALS[kind])
         wanted = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
         found = await self._kubernetes.get(resource, meta["namespace"], meta["name"])
         what = f"{kind} {meta['name']}"

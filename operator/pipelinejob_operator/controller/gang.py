@@ -3,6 +3,8 @@
 from datetime import datetime, timedelta
 
 from pipelinejob_operator.api.status import Status
+from pipelinejob_operator.build import delegation
+from pipelinejob_operator.build.delegation import Delegate
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.membership import membership
@@ -10,7 +12,8 @@ from pipelinejob_operator.build.network import network_objects
 from pipelinejob_operator.build.pods import stage_pod
 from pipelinejob_operator.controller.actions import Action, ApplyObject, CreatePod, OpenGate, SetMembership
 from pipelinejob_operator.controller.observed import Gang, Observed
-from pipelinejob_operator.policy.facts import Claim, StagePod
+from pipelinejob_operator.policy import delegation as policy
+from pipelinejob_operator.policy.facts import Claim, Manifest, StagePod
 from pipelinejob_operator.policy.reasons import ConditionStatus, ConditionType, Reason
 
 IMAGE_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
@@ -42,12 +45,16 @@ def patience(since: datetime | None, now: datetime) -> timedelta:
 def actions(job: Job, gang: Gang, seen: Observed, installation: Installation) -> list[Action]:
     """Next writes that the gang needs: first all pods, then all gates, then all memberships."""
     shape = job.shape
+    scheduler = delegate(job, seen, installation)
     if not gang.complete(shape.size):
         share_host = seen.claim is not None and seen.claim.one_node and shape.size > 1
         missing = [place for place in shape.places() if place.rank not in gang.current]
         return [
-            *(ApplyObject(manifest) for manifest in network_objects(job, installation)),
-            *(CreatePod(stage_pod(job, place, installation, share_host=share_host)) for place in missing),
+            *(ApplyObject(manifest) for manifest in standing(job, seen, installation)),
+            *(
+                CreatePod(stage_pod(job, place, installation, share_host=share_host, delegate=scheduler))
+                for place in missing
+            ),
         ]
     pods = [gang.current[rank] for rank in range(shape.size)]
     if gated := [pod for pod in pods if pod.gate is not None and not pod.terminating]:
@@ -58,6 +65,18 @@ def actions(job: Job, gang: Gang, seen: Observed, installation: Installation) ->
     # A pod that has a membership keeps it for the attempt: agents ignore another text of an epoch they have
     # seen.
     return [SetMembership(pod, value) for pod, value in wanted.items() if not pod.membership and not pod.ended]
+
+
+def delegate(job: Job, seen: Observed, installation: Installation) -> Delegate | None:
+    """The scheduler that places the job's pods; None for the operator itself."""
+    return policy.chosen(job.spec.placement, served=seen.scheduler_served, allowed=installation.schedulers)
+
+
+def standing(job: Job, seen: Observed, installation: Installation) -> list[Manifest]:
+    """Every object that must stand before the first stage pod."""
+    scheduler = delegate(job, seen, installation)
+    group = delegation.group(job, scheduler) if scheduler else None
+    return [*network_objects(job, installation), *([group] if group else [])]
 
 
 def placed(gang: Gang, size: int, claim: Claim | None) -> Told:
@@ -75,6 +94,8 @@ def placed(gang: Gang, size: int, claim: Claim | None) -> Told:
                 "ReadWriteMany claim, or a node with room for all of them"
             )
         return "False", Reason.UNSCHEDULABLE, message
+    if held := [pod for pod in pods if pod.held and not pod.scheduled]:
+        return "False", Reason.HELD, f"{len(held)} of {size} stages wait behind the scheduling gate {held[0].held[0]}"
     return "False", Reason.SCHEDULING, f"{sum(pod.scheduled for pod in pods)} of {size} stages have a node"
 
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.names import JOB_UID_LABEL
 from pipelinejob_operator.controller.observed import Gang, Observed, Refusal
+from pipelinejob_operator.policy import delegation
 from pipelinejob_operator.policy.facts import Claim, Manifest, StagePod
 from pipelinejob_operator.policy.reasons import ConditionType
 from pipelinejob_operator.runtime.agents import Agents, Target
@@ -22,6 +23,7 @@ from pipelinejob_operator.runtime.client import (
     ApiError,
     Kubernetes,
 )
+from pipelinejob_operator.runtime.discovery import Discovery
 from pipelinejob_worker.protocol import ExitCode
 
 
@@ -30,6 +32,7 @@ class Observer:
 
     def __init__(self, kubernetes: Kubernetes, cache: Cache, agents: Agents) -> None:
         self._kubernetes, self._cache, self._agents = kubernetes, cache, agents
+        self._discovery = Discovery(kubernetes)
 
     async def refresh(self, key: Key, uid: str) -> None:
         """Read the job and its pods anew, past the cache, into it."""
@@ -53,9 +56,14 @@ class Observer:
             agent=self._agents.last(job.uid, job.status.attempt + 1),
             unready_nodes=await self._unready_nodes(pods),
             refusal=refusal if refusal and refusal.generation == job.generation and now < refusal.retry_at else None,
+            scheduler_served=await self._scheduler_served(job),
             network_due=network_due,
         )
         return await self._with_claim(job, seen)
+
+    async def _scheduler_served(self, job: Job) -> bool:
+        delegate = delegation.wanted(job.spec.placement)
+        return delegate is not None and await self._discovery.serves(delegate)
 
     async def _with_claim(self, job: Job, seen: Observed) -> Observed:
         """Read the claim while it matters: until every stage has a node."""

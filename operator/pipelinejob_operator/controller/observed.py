@@ -35,6 +35,8 @@ class Observed:
     """What an agent of the present attempt said last."""
     refusal: Refusal | None = None
     """A refusal still in force: creation waits until its ``retry_at``."""
+    scheduler_served: bool = False
+    """Whether the API of the scheduler that the job is delegated to is served."""
     network_due: bool = True
     """Whether Service and NetworkPolicy have not been compared for a while."""
 

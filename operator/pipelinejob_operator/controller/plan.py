@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from pipelinejob_operator.api.status import Condition, Status
+from pipelinejob_operator.build.delegation import KUEUE_FINALIZER, told
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
-from pipelinejob_operator.build.network import network_objects
 from pipelinejob_operator.controller import gang as gang_plan
-from pipelinejob_operator.controller.actions import Action, ApplyObject, DeleteJob, DeletePod
+from pipelinejob_operator.controller.actions import Action, ApplyObject, DeleteJob, DeletePod, ReleasePod
 from pipelinejob_operator.controller.observed import Gang, Observed
 from pipelinejob_operator.controller.status import Draft, rfc3339
 from pipelinejob_operator.controller.transitions import Notice, notices
-from pipelinejob_operator.policy import acceptance, failure, lifecycle, restart, retention
+from pipelinejob_operator.policy import acceptance, delegation, failure, lifecycle, restart, retention
 from pipelinejob_operator.policy.facts import Failure, StagePod, parse_time
 from pipelinejob_operator.policy.reasons import ConditionType, Reason, Verdict
 
@@ -70,8 +70,13 @@ class _Decision:
         self.alarms: list[datetime] = []
 
     def delete(self, pods: Iterable[StagePod]) -> None:
-        """Ask for the deletion of those pods that nobody has deleted yet."""
-        self.actions += [DeletePod(pod) for pod in pods if not pod.terminating]
+        """Ask for the deletion of those pods that nobody has deleted yet, and let those go that are over."""
+        for pod in pods:
+            if not pod.terminating:
+                self.actions.append(DeletePod(pod))
+            elif KUEUE_FINALIZER in pod.finalizers and (not pod.scheduled or not pod.active):
+                # Kueue keeps such a pod until another takes its place, and the next attempt waits for it to go.
+                self.actions.append(ReleasePod(pod, KUEUE_FINALIZER))
 
     def retire(self) -> None:
         """Raise the attempt, so that the present pods belong to the past."""
@@ -297,7 +302,7 @@ def _tend(d: _Decision) -> _Decision:
         return d
     todo = gang_plan.actions(d.job, d.gang, d.seen, d.installation)
     if d.seen.network_due and not any(isinstance(action, ApplyObject) for action in todo):
-        d.actions += [ApplyObject(manifest) for manifest in network_objects(d.job, d.installation)]
+        d.actions += [ApplyObject(manifest) for manifest in gang_plan.standing(d.job, d.seen, d.installation)]
     d.actions += todo
     _observe_placement(d)
     d.draft.condition(ConditionType.RUNNING, *gang_plan.running(d.gang, d.job.shape.size))
@@ -317,6 +322,11 @@ def _hindrance(d: _Decision) -> Verdict | None:
             "create it (the job looks again by itself), or delete the job and leave the name empty to run without "
             "checkpoints",
         )
+    if verdict := delegation.hindrance(
+        d.job.spec.placement, served=d.seen.scheduler_served, allowed=d.installation.schedulers
+    ):
+        d.alarms.append(d.now + gang_plan.LONGEST_PATIENCE)
+        return verdict
     if d.seen.refusal:
         d.alarms.append(d.seen.refusal.retry_at)
         return Verdict(d.seen.refusal.reason, d.seen.refusal.message)
@@ -324,7 +334,10 @@ def _hindrance(d: _Decision) -> Verdict | None:
 
 
 def _observe_placement(d: _Decision) -> None:
-    d.draft.condition(ConditionType.PLACED, *gang_plan.placed(d.gang, d.job.shape.size, d.seen.claim))
+    status, reason, message = gang_plan.placed(d.gang, d.job.shape.size, d.seen.claim)
+    scheduler = gang_plan.delegate(d.job, d.seen, d.installation)
+    by = f"; {told(d.job, scheduler)}" if scheduler else ""
+    d.draft.condition(ConditionType.PLACED, status, reason, message + by)
 
 
 def _after_the_end(job: Job, seen: Observed, now: datetime) -> Plan:

@@ -11,6 +11,7 @@ QUIET = frozenset(
         Reason.NOT_STARTED,
         Reason.CREATING,
         Reason.SCHEDULING,
+        Reason.HELD,
         Reason.NOT_PLACED,
         Reason.STARTING,
         Reason.FAILURE_SEEN,

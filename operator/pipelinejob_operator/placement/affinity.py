@@ -33,12 +33,12 @@ def near_neighbours(labels: Mapping[str, str], stages: int, levels: Sequence[str
     ]
 
 
-def one_host(labels: Mapping[str, str]) -> dict[str, Any]:
-    """Required term that keeps all stages of an attempt on one node.
+def together(labels: Mapping[str, str], level: str) -> dict[str, Any]:
+    """Required term that keeps all stages of an attempt in one domain of ``level``.
 
     The scheduler lets the first pod pass, because it matches its own term and no other pod does.
     """
     return {
-        "topologyKey": HOST_LEVEL,
+        "topologyKey": level,
         "labelSelector": {"matchLabels": {key: labels[key] for key in (JOB_UID_LABEL, ATTEMPT_LABEL)}},
     }

@@ -91,6 +91,9 @@ class StagePod:
     unschedulable: str = ""
     gate: int | None = None
     """Index of our scheduling gate, if it is still closed."""
+    held: tuple[str, ...] = ()
+    """Scheduling gates of others that are still closed."""
+    finalizers: tuple[str, ...] = ()
     membership: str | None = None
     """The annotation; None where the pod lacks it."""
     gone_by: datetime | None = None
@@ -141,6 +144,8 @@ class StagePod:
             scheduled=bool(spec.get("nodeName")),
             unschedulable=bound.get("message", "") if bound.get("reason") == "Unschedulable" else "",
             gate=gates.index(GATE) if GATE in gates else None,
+            held=tuple(gate for gate in gates if gate != GATE),
+            finalizers=tuple(meta.get("finalizers", ())),
             membership=meta.get("annotations", {}).get(MEMBERSHIP_ANNOTATION),
             gone_by=parse_time(meta.get("deletionTimestamp")),
             disruption=disruption.get("reason", "") if disruption.get("status") == "True" else "",

@@ -58,6 +58,21 @@ class Reason(_Meaningful):
     PLACED = "AllStagesPlaced", "Every stage pod has a node."
     CREATING = "Creating", "Stage pods are being created; none may start before all exist."
     SCHEDULING = "Scheduling", "All stage pods exist; kube-scheduler has not answered for all of them yet."
+    HELD = (
+        "Held",
+        "Stage pods wait behind a scheduling gate that is not the operator's. The message names it; Kueue opens its "
+        "own when the job's turn has come.",
+    )
+    SCHEDULER_MISSING = (
+        "SchedulerMissing",
+        "The API server does not serve the API of the scheduler of spec.placement.delegated. The message says what to "
+        "install or to switch on.",
+    )
+    SCHEDULER_NOT_ALLOWED = (
+        "SchedulerNotAllowed",
+        "The operator has no rights to the PodGroups of the scheduler of spec.placement.delegated. Add it to the value "
+        "schedulers of the chart.",
+    )
     UNSCHEDULABLE = (
         "Unschedulable",
         "kube-scheduler finds no node for a stage. The message holds its words; free or add capacity, or ask for less.",

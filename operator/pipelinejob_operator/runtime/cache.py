@@ -148,7 +148,16 @@ def pod_key(manifest: Manifest) -> Key:
 def trim(pod: Manifest) -> Manifest:
     """Keep what plans are made from: a pod's spec and its configuration would be most of the cache."""
     meta, spec, status = pod["metadata"], pod.get("spec", {}), pod.get("status", {})
-    kept = ("name", "namespace", "uid", "resourceVersion", "labels", "ownerReferences", "deletionTimestamp")
+    kept = (
+        "name",
+        "namespace",
+        "uid",
+        "resourceVersion",
+        "labels",
+        "ownerReferences",
+        "deletionTimestamp",
+        "finalizers",
+    )
     annotations = {key: value for key, value in meta.get("annotations", {}).items() if key == MEMBERSHIP_ANNOTATION}
     facts = (
         "phase",

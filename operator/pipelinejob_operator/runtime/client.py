@@ -85,6 +85,16 @@ class Kubernetes:
                 return None
             raise
 
+    async def resources(self, api: str) -> frozenset[str]:
+        """Plural names of what a group and version serves, such as ``apps/v1``; none where it is not served."""
+        try:
+            found = await self._send("GET", f"/apis/{api}")
+        except ApiError as error:
+            if error.code == NOT_FOUND:
+                return frozenset()
+            raise
+        return frozenset(item["name"] for item in found["resources"])
+
     async def pages(
         self, resource: Resource, namespace: str, labels: str = ""
     ) -> AsyncIterator[tuple[list[Manifest], int]]:

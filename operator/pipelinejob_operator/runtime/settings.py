@@ -30,6 +30,10 @@ class Settings(BaseModel):
         DEFAULT_LEVELS, alias="PIPELINEJOB_TOPOLOGY_LEVELS", validate_default=True
     )
     """Node labels from the widest domain to the narrowest."""
+    schedulers: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
+        "", alias="PIPELINEJOB_SCHEDULERS", validate_default=True
+    )
+    """Schedulers whose PodGroups the operator may write."""
     pod_name: str = Field(default_factory=socket.gethostname, alias="POD_NAME")
     pod_namespace: str = Field("default", alias="POD_NAMESPACE")
     lease_name: str = Field("pipelinejob-operator", alias="PIPELINEJOB_LEASE_NAME")
@@ -49,4 +53,5 @@ class Settings(BaseModel):
             worker_image_pull_policy=self.worker_image_pull_policy,
             topology_levels=self.topology_levels,
             operator_namespace=self.pod_namespace,
+            schedulers=self.schedulers,
         )

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from tests.cluster.control_plane import ControlPlane
-from tests.integration.api import cases, network_cases
+from tests.integration.api import cases, delegated_cases, network_cases
 from tests.integration.api.jobs import GOOD, job, worker
 from tests.integration.api.kubectl import Kubectl
 
 ROOT = Path(__file__).resolve().parents[3]
-REFUSED = cases.REFUSED | network_cases.REFUSED
-TAKEN = cases.TAKEN | network_cases.TAKEN
+REFUSED = cases.REFUSED | network_cases.REFUSED | delegated_cases.REFUSED
+TAKEN = cases.TAKEN | network_cases.TAKEN | delegated_cases.TAKEN
 
 
 @pytest.fixture(scope="module")

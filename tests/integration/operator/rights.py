@@ -19,6 +19,11 @@ NAMESPACED = [
     _rule("", "events", "create"),
     _rule("coordination.k8s.io", "leases", "get", "create", "update"),
 ]
+POD_GROUPS = [
+    _rule(group, "podgroups", "get", "create", "patch")
+    for group in ("scheduling.k8s.io", "scheduling.volcano.sh", "scheduling.x-k8s.io")
+]
+"""For the schedulers that want a PodGroup, where the chart names them."""
 CLUSTER_WIDE = [*NAMESPACED, _rule("", "nodes", "get")]
 """Reading nodes tells a dead one from a slow one; everything works without, only later."""
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.integration.operator.rights import CLUSTER_WIDE, NAMESPACED
+from tests.integration.operator.rights import CLUSTER_WIDE, NAMESPACED, POD_GROUPS
 from tests.unit.chart.helm import NAMESPACE, ONE_NAMESPACE, RELEASE, Object, of_kind, render
 
 JOB_RIGHTS = {
@@ -62,6 +62,24 @@ def test_these_are_the_rights_with_which_the_operator_is_tested(
 ) -> None:
     given = [rule for role in bound(render(*values)).values() for rule in role["rules"]]
     assert rights({"rules": given}) == rights({"rules": tested})
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "group"),
+    [
+        ("PodGroup", "scheduling.k8s.io"),
+        ("Volcano", "scheduling.volcano.sh"),
+        ("SchedulerPlugins", "scheduling.x-k8s.io"),
+    ],
+)
+def test_it_may_write_the_pod_groups_of_those_schedulers_that_the_chart_names(scheduler: str, group: str) -> None:
+    roles = bound(render(*ONE_NAMESPACE, f"schedulers={{{scheduler}}}"))
+    assert rights(roles["Role", "team-a"]) == JOB_RIGHTS | {f"podgroups.{group}": {"get", "create", "patch"}}
+
+
+def test_these_are_the_rights_with_which_delegation_is_tested() -> None:
+    roles = bound(render(*ONE_NAMESPACE, "schedulers={PodGroup,Volcano,SchedulerPlugins}"))
+    assert rights(roles["Role", "team-a"]) == JOB_RIGHTS | rights({"rules": POD_GROUPS})
 
 
 @pytest.mark.parametrize("values", [(), ONE_NAMESPACE])

@@ -1,6 +1,6 @@
 """``spec.network``: how the stages reach each other, and what may reach them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -19,7 +19,7 @@ _DOMAIN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 _WHY = "{" + ", ".join(f"'{name}': '{why}'" for name, why in RESERVED_NCCL.items()) + "}"
 
 
-def _names(*keys: str) -> dict[str, object]:
+def _names(*keys: str) -> dict[str, Any]:
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(keys)}
 
 

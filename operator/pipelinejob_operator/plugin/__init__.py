@@ -1,0 +1,1 @@
+"""Commands for the users of PipelineJobs, also as the kubectl plugin ``kubectl pipelinejob``."""

@@ -53,7 +53,9 @@ class ProgressStatus(Wire):
     loss: str = Field("", description="Loss of the last finished step.")
     validation_loss: str = Field("", description="Newest loss of the samples that are never trained on.")
     validation_step: int = Field(0, description="Last finished step when it was measured.")
-    tokens_per_second: int | None = Field(None, description="Tokens trained in a second, over all stages.")
+    tokens_per_second: int | None = Field(
+        None, description="Tokens that are trained, or generated, in a second, over all stages."
+    )
     step_milliseconds: int | None = Field(None, description="Measured time of a step.")
     step_predicted_milliseconds: int | None = Field(
         None, description="Time of a step that the partition promised before the first one."
@@ -74,6 +76,11 @@ class ProgressStatus(Wire):
     )
     remaining_seconds: int | None = Field(None, description="Estimated time to the last step.")
     last_checkpoint_step: int = Field(0, description="Step of the newest complete checkpoint.")
+    requests_per_second: str = Field("", description="Requests that were answered in a second, over all pipelines.")
+    prompt_tokens_per_second: int | None = Field(None, description="Tokens of prompts in a second.")
+    running: int | None = Field(None, description="Requests that are being answered.")
+    queued: int | None = Field(None, description="Accepted requests that wait for room in the key-value cache.")
+    cache_percent: int | None = Field(None, description="Used share of the key-value cache.")
 
 
 class FirstFailure(Wire):
@@ -106,6 +113,9 @@ class Summary(Wire):
     tokens_per_second: str = ""
     bubble: str = ""
     bubble_limit: str = ""
+    requests_per_second: str = ""
+    queue: str = ""
+    fronts: str = ""
     model_flops: str = ""
 
 
@@ -116,7 +126,8 @@ class Status(Wire):
     conditions: list[Condition] = Field(
         [],
         max_length=16,
-        description="Accepted, Placed, Running, Suspended, Succeeded, and Checkpointed where a volume is set.",
+        description="Accepted, Placed, Running, Suspended, Succeeded, Available in mode Serve, and Checkpointed where "
+        "a volume is set.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     summary: Summary = Field(default_factory=Summary, description="Strings for kubectl's columns.")
@@ -127,6 +138,7 @@ class Status(Wire):
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["index", "pipeline"]},
     )
     ready_stages: int = Field(0, description="Stages, over all pipelines, whose pod is ready.")
+    ready_fronts: int = Field(0, description="Fronts that answer clients, in mode Serve.")
     selector: str = Field("", description="Label selector of the stage pods, for the scale subresource.")
     progress: ProgressStatus = Field(default_factory=ProgressStatus, description="How far the job is.")
     attempt: int = Field(0, description="Number of the present gang of pods, from 0; part of the pods' names.")

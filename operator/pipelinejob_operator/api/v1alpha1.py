@@ -10,8 +10,9 @@ from pydantic import ConfigDict, Field
 
 from pipelinejob_operator.api.network import Network
 from pipelinejob_operator.api.placement import Placement
+from pipelinejob_operator.api.serving import Serve, section_rules
 from pipelinejob_operator.api.status import MAX_PODS, Status
-from pipelinejob_worker.protocol import Checkpoint, Env, Model, Partition, Train
+from pipelinejob_worker.protocol import Batch, Checkpoint, Env, Mode, Model, Partition, Train
 from pipelinejob_worker.protocol.base import Wire
 from pipelinejob_worker.protocol.rules import cel, rule
 
@@ -30,7 +31,7 @@ MAX_NAME = 40
 RESERVED_ENV = sorted(Env)
 """Environment names that the operator sets, so a template may not."""
 
-_IMMUTABLE = ("mode", "model", "train", "partition", "template", "gpu", "placement", "network")
+_IMMUTABLE = ("mode", "model", "train", "batch", "partition", "template", "gpu", "placement", "network")
 
 
 def _immutable(field: str) -> dict[str, str]:
@@ -42,11 +43,13 @@ def _immutable(field: str) -> dict[str, str]:
     )
 
 
-_UNFIT = (
-    f"self.stages < 1 || self.stages > {MAX_STAGES} || self.pipelines < 1 || self.pipelines > {MAX_PIPELINES} || "
-    "self.train.microbatches < 1"
-)
+_UNFIT = f"self.stages < 1 || self.stages > {MAX_STAGES} || self.pipelines < 1 || self.pipelines > {MAX_PIPELINES}"
 """Numbers that the schema refuses by itself: rules about them would only repeat that, or divide by zero."""
+
+_UNTRAINED = f"!has(self.train) || self.train.microbatches < 1 || {_UNFIT}"
+"""The same for rules about training; another mode has none."""
+
+_CHUNKS = "(has(self.train) ? self.train.schedule.chunksPerStage : 1)"
 
 
 def _microbatches(schedules: str, holds: str, message: str, *values: str) -> dict[str, str]:
@@ -54,8 +57,8 @@ def _microbatches(schedules: str, holds: str, message: str, *values: str) -> dic
     share = "(self.train.microbatches / self.pipelines)"
     return rule(
         ".train.microbatches",
-        f"{_UNFIT} || self.train.microbatches % self.pipelines != 0 || !(self.train.schedule.name in {schedules}) || "
-        f"{holds.format(share=share)}",
+        f"{_UNTRAINED} || self.train.microbatches % self.pipelines != 0 || "
+        f"!(self.train.schedule.name in {schedules}) || {holds.format(share=share)}",
         f"'%d %s{message}'.format([{share}, self.pipelines == 1 ? '' : 'a pipeline ', {', '.join(values)}])",
     )
 
@@ -142,7 +145,7 @@ class Spec(Wire):
             ),
             rule(
                 ".train.microbatches",
-                f"{_UNFIT} || self.train.microbatches % self.pipelines == 0",
+                f"{_UNTRAINED} || self.train.microbatches % self.pipelines == 0",
                 "'%d cannot be shared equally by %d pipelines; allowed: a multiple of it'"
                 ".format([self.train.microbatches, self.pipelines])",
             ),
@@ -172,34 +175,41 @@ class Spec(Wire):
             rule(
                 ".partition.boundaries",
                 f"{_UNFIT} || self.partition.strategy != 'Manual' || !has(self.partition.boundaries) || "
-                "size(self.partition.boundaries) == self.stages * self.train.schedule.chunksPerStage - 1",
+                f"size(self.partition.boundaries) == self.stages * {_CHUNKS} - 1",
                 "'%d boundaries do not cut the model into %d stages of %d chunks; allowed: %d'.format(["
-                "size(self.partition.boundaries), self.stages, self.train.schedule.chunksPerStage, "
-                "self.stages * self.train.schedule.chunksPerStage - 1])",
+                f"size(self.partition.boundaries), self.stages, {_CHUNKS}, self.stages * {_CHUNKS} - 1])",
             ),
             rule(
                 ".train.data.tokenizerPath",
-                "self.train.data.tokenizer != 'HuggingFace' || has(self.model.huggingFace) || "
+                "!has(self.train) || self.train.data.tokenizer != 'HuggingFace' || has(self.model.huggingFace) || "
                 "(has(self.train.data.tokenizerPath) && self.train.data.tokenizerPath != '')",
                 "'tokenizer HuggingFace needs a directory with tokenizer.json; allowed: its path, or none with "
                 "model.huggingFace, which has one, or tokenizer Bytes'",
                 "FieldValueRequired",
             ),
+            *section_rules(),
             *(_immutable(field) for field in _IMMUTABLE),
         )
     )
 
-    mode: Literal["Train"] = Field("Train", description="What the pipeline does.")
+    mode: Mode = Field(
+        "Train",
+        description="What the pipeline does: Train makes steps, Serve answers clients until it is deleted, Batch "
+        "answers a file of requests. The section of the mode must be there, and no other.",
+    )
     stages: int = Field(ge=1, le=MAX_STAGES, description="Number of pipeline stages, one pod each.")
     pipelines: int = Field(
         1,
         ge=1,
         le=MAX_PIPELINES,
-        description="Data-parallel copies of the pipeline: each trains its share of a step's microbatches.",
+        description="Copies of the pipeline: each trains its share of a step's microbatches, or serves its share of "
+        "the requests.",
     )
     model: Model = Field(description="The model, from exactly one source.")
     partition: Partition = Field(default_factory=Partition, description="Which layers each stage holds.")
-    train: Train = Field(description="How to train.")
+    train: Train | None = Field(None, description="How to train.")
+    serve: Serve | None = Field(None, description="How to serve the model to clients.")
+    batch: Batch | None = Field(None, description="How to answer a file of requests.")
     template: Template | None = Field(
         None,
         description="PodTemplateSpec of the stage pods. The container named worker is the stage: its image, resources "
@@ -260,9 +270,12 @@ PRINTER_COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("Loss", ".status.summary.loss", "string", 0),
     ("Tokens/s", ".status.summary.tokensPerSecond", "string", 0),
     ("Bubble", ".status.summary.bubble", "string", 0),
+    ("Requests/s", ".status.summary.requestsPerSecond", "string", 0),
+    ("Queue", ".status.summary.queue", "string", 0),
     ("Restarts", ".status.restarts", "integer", 0),
     ("Age", ".metadata.creationTimestamp", "date", 0),
     ("Checkpoint", ".status.progress.lastCheckpointStep", "integer", 1),
+    ("Fronts", ".status.summary.fronts", "string", 1),
     ("Schedule", ".spec.train.schedule.name", "string", 1),
     ("Bubble-Limit", ".status.summary.bubbleLimit", "string", 1),
     ("MFU", ".status.summary.modelFlops", "string", 1),

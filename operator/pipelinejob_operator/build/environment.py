@@ -17,9 +17,9 @@ Variables = list[dict[str, Any]]
 def replaceable(job: Job) -> Variables:
     """Variables that stand before the template's own, which win: of two with one name the last counts."""
     values = dict(wiring.DEFAULTS)
-    if job.spec.model.hugging_face is not None:
+    if job.model.hugging_face is not None:
         values |= {"HF_HOME": HUGGING_FACE_HOME, "HF_HUB_DISABLE_TELEMETRY": "1"}
-        if not job.spec.model.from_hub:
+        if not job.model.from_hub:
             values["HF_HUB_OFFLINE"] = "1"  # a file that the directory lacks is an error, not a reason to ask the hub
     return [{"name": name, "value": value} for name, value in values.items()]
 

@@ -7,7 +7,8 @@ from typing import Any
 from pipelinejob_operator.api.status import Status
 from pipelinejob_operator.api.v1alpha1 import API_VERSION, KIND, Spec
 from pipelinejob_operator.build.place import Shape
-from pipelinejob_worker.protocol import WORKER_CONTAINER, WorkerConfig
+from pipelinejob_operator.build.source import SourceJob, own
+from pipelinejob_worker.protocol import WORKER_CONTAINER, Engine, Model, Source, Tokenizer, WorkerConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Job:
     template: dict[str, Any]
     """``spec.template`` as the user wrote it: the models know only the parts that rules are about."""
     deleting: bool = False
+    source: SourceJob | None = None
+    """The job of ``spec.model.fromJob``, where it can be served."""
 
     @classmethod
     def read(cls, manifest: dict[str, Any]) -> "Job":
@@ -59,6 +62,28 @@ class Job:
         return Shape(self.spec.stages, self.spec.pipelines)
 
     @property
+    def model(self) -> Model:
+        """The model itself: with ``fromJob``, that of the other job, if it is known."""
+        return self.source.model if self.source else self.spec.model
+
+    @property
+    def claim_name(self) -> str:
+        """The claim with checkpoints: the job's own, or that of the job whose model it serves; empty: none."""
+        return self.source.claim_name if self.source else self.spec.checkpoint.volume_claim_name
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """How text becomes tokens in the modes Serve and Batch."""
+        spec = self.spec
+        if spec.mode == "Train":
+            return None
+        if spec.serve and spec.serve.tokenizer_path:
+            return Tokenizer(name="HuggingFace", path=spec.serve.tokenizer_path)
+        if self.source:
+            return self.source.tokenizer
+        return own(spec.model.hugging_face) if spec.model.hugging_face else Tokenizer(name="Bytes")
+
+    @property
     def worker_template(self) -> dict[str, Any]:
         """The template's container of the stage, or an empty one."""
         containers: list[dict[str, Any]] = self.template.get("spec", {}).get("containers", [])
@@ -74,11 +99,22 @@ class Job:
         return WorkerConfig.of(
             job=self.name,
             job_uid=self.uid,
-            model=self.spec.model,
+            model=self.model,
+            mode=self.spec.mode,
             train=self.spec.train,
+            serve=Engine.model_validate(self.spec.serve.model_dump()) if self.spec.serve else None,
+            batch=self.spec.batch,
+            source=self._source(),
+            tokenizer=self.tokenizer,
             partition=self.spec.partition,
             checkpoint=self.spec.checkpoint,
         )
+
+    def _source(self) -> Source | None:
+        from_job = self.spec.model.from_job
+        if from_job is None or self.source is None:
+            return None
+        return Source(job=self.source.name, seed=self.source.seed, step=from_job.step)
 
     def owner_reference(self) -> dict[str, Any]:
         """Make an object the job's own: the garbage collector deletes it with the job, operator or not."""

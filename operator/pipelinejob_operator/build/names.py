@@ -12,6 +12,9 @@ STAGES_LABEL = f"{GROUP}/stages"
 PIPELINE_LABEL = f"{GROUP}/pipeline"
 PIPELINES_LABEL = f"{GROUP}/pipelines"
 ATTEMPT_LABEL = f"{GROUP}/attempt"
+FRONT_LABEL = f"{GROUP}/front"
+"""Of the fronts' pods: the job's UID. They have no stage."""
+
 MEMBERSHIP_ANNOTATION = f"{GROUP}/membership"
 CONFIG_ANNOTATION = f"{GROUP}/config"
 GATE = f"{GROUP}/gang"
@@ -34,6 +37,16 @@ def network_name(job: str) -> str:
     return job
 
 
+def front_name(job: str) -> str:
+    """Name of the fronts' Deployment, Service and whatever else belongs to them."""
+    return f"{job}-front"
+
+
+def engine_name(job: str, pipeline: int) -> str:
+    """Name of the Service at which fronts find stage 0 of a pipeline."""
+    return f"{job}-engine-{pipeline}"
+
+
 def pod_host(job: str, namespace: str, place: Place, attempt: int) -> str:
     """DNS name of a stage pod; it resolves before the pod is ready."""
     return f"{pod_name(job, place, attempt)}.{network_name(job)}.{namespace}.svc"
@@ -54,6 +67,11 @@ def stage_labels(job: str, uid: str, place: Place, attempt: int) -> dict[str, st
         PIPELINES_LABEL: str(place.shape.pipelines),
         ATTEMPT_LABEL: str(attempt),
     }
+
+
+def front_labels(job: str, uid: str) -> dict[str, str]:
+    """Labels of a front's pod."""
+    return {**job_labels(job, uid), FRONT_LABEL: uid}
 
 
 def pod_selector(job: str) -> str:

@@ -9,7 +9,7 @@ needs.
 import copy
 from typing import Any
 
-from pipelinejob_operator.build import environment, wiring
+from pipelinejob_operator.build import environment, security, wiring
 from pipelinejob_operator.build.delegation import KUEUE_QUEUE, Delegate, join
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
@@ -27,7 +27,6 @@ from pipelinejob_operator.placement.affinity import HOST_LEVEL, near_neighbours,
 from pipelinejob_worker.protocol import STATUS_PORT, WORKER_CONTAINER
 
 AGENT_COMMAND = ["python3", "-m", "pipelinejob_worker.agent"]
-USER_ID = 65532
 GRACE_SECONDS = 30
 NODE_LOSS_SECONDS = 30
 """How long a pod stays bound to a node that does not answer; 300 s, the default, hold up the gang."""
@@ -44,7 +43,7 @@ def stage_pod(
     labels = stage_labels(job.name, job.uid, place, job.status.attempt)
     user_meta = job.template.get("metadata") or {}
     spec: dict[str, Any] = copy.deepcopy(job.template.get("spec") or {})
-    volumes, mounts = stage_volumes(job.spec.checkpoint.volume_claim_name)
+    volumes, mounts = stage_volumes(job.claim_name, read_only=job.source is not None)
 
     others = [item for item in spec.get("containers", []) if item.get("name") != WORKER_CONTAINER]
     spec["containers"] = [_worker(job, place, installation, mounts), *others]
@@ -53,7 +52,7 @@ def stage_pod(
     spec["subdomain"] = network_name(job.name)
     spec["restartPolicy"] = "Never"
     spec["schedulingGates"] = [*spec.get("schedulingGates", []), {"name": GATE}]
-    spec["securityContext"] = _pod_security() | (spec.get("securityContext") or {})
+    spec["securityContext"] = security.pod() | (spec.get("securityContext") or {})
     spec["tolerations"] = _tolerations(spec.get("tolerations", []))
     spec.setdefault("terminationGracePeriodSeconds", GRACE_SECONDS)
     spec.setdefault("automountServiceAccountToken", False)
@@ -93,7 +92,7 @@ def _worker(job: Job, place: Place, installation: Installation, mounts: list[dic
     taken = {mount.get("mountPath", "").rstrip("/") for mount in worker.get("volumeMounts", [])}
     free = [mount for mount in mounts if mount["mountPath"] not in taken]
     worker["volumeMounts"] = [*worker.get("volumeMounts", []), *free]
-    worker["securityContext"] = _container_security(worker.get("securityContext") or {})
+    worker["securityContext"] = security.container(worker.get("securityContext") or {})
     if job.spec.gpu.count:
         # For an extended resource the API demands that the request equals the limit.
         resources = worker.setdefault("resources", {})
@@ -109,26 +108,6 @@ def _unshadowed(
     used = {mount["name"] for mount in worker["volumeMounts"]}
     ours = {mount["name"] for mount in mounts}
     return [volume for volume in volumes if volume["name"] in used & ours]
-
-
-def _pod_security() -> dict[str, Any]:
-    return {
-        "runAsNonRoot": True,
-        "runAsUser": USER_ID,
-        "runAsGroup": USER_ID,
-        "fsGroup": USER_ID,
-        # Without it the kubelet changes the owner of every file of a large checkpoint volume at each start.
-        "fsGroupChangePolicy": "OnRootMismatch",
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
-
-
-def _container_security(given: dict[str, Any]) -> dict[str, Any]:
-    defaults: dict[str, Any] = {"readOnlyRootFilesystem": True}
-    if not given.get("privileged"):  # the API refuses the two together
-        defaults["allowPrivilegeEscalation"] = False
-    capabilities = {"drop": ["ALL"]} | (given.get("capabilities") or {})
-    return defaults | given | {"capabilities": capabilities}
 
 
 def _tolerations(given: list[dict[str, Any]]) -> list[dict[str, Any]]:

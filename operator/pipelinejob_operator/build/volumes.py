@@ -23,7 +23,7 @@ OUR_MOUNT_PATHS = frozenset({POD_INFO_DIRECTORY, CHECKPOINT_DIRECTORY})
 """Mount paths that a template may not take; those of scratch and shared memory it may."""
 
 
-def stage_volumes(claim_name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def stage_volumes(claim_name: str, *, read_only: bool = False) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Volumes and the worker container's mounts of them; the checkpoint only where a claim is named."""
     volumes: list[dict[str, Any]] = [
         {
@@ -45,7 +45,9 @@ def stage_volumes(claim_name: str) -> tuple[list[dict[str, Any]], list[dict[str,
     ]
     if claim_name:
         volumes.append({"name": CHECKPOINT, "persistentVolumeClaim": {"claimName": claim_name}})
-        mounts.append({"name": CHECKPOINT, "mountPath": CHECKPOINT_DIRECTORY})
+        # Only the mount is read-only: another job may be writing to the volume from the same node.
+        only = {"readOnly": True} if read_only else {}
+        mounts.append({"name": CHECKPOINT, "mountPath": CHECKPOINT_DIRECTORY, **only})
     return volumes, mounts
 
 

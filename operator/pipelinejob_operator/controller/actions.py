@@ -8,7 +8,7 @@ from pipelinejob_operator.policy.facts import StagePod
 
 @dataclass(frozen=True)
 class ApplyObject:
-    """Create a Service, NetworkPolicy or PodGroup, or bring it in line."""
+    """Create an object beside the stage pods, such as a Service, or bring it in line."""
 
     manifest: dict[str, Any]
 

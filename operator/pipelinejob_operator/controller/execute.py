@@ -40,7 +40,14 @@ from pipelinejob_operator.runtime.client import (
 )
 
 AT_ONCE = 16
-PLURALS = {"Service": "services", "NetworkPolicy": "networkpolicies", "PodGroup": "podgroups"}
+PLURALS = {
+    "ConfigMap": "configmaps",
+    "Deployment": "deployments",
+    "NetworkPolicy": "networkpolicies",
+    "PodDisruptionBudget": "poddisruptionbudgets",
+    "PodGroup": "podgroups",
+    "Service": "services",
+}
 HASH_ANNOTATION = f"{GROUP}/manifest-hash"
 
 log = structlog.get_logger(__name__)

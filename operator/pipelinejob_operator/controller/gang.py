@@ -20,6 +20,7 @@ IMAGE_REASONS = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName
 CONFIG_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
 
 SHORTEST_PATIENCE = timedelta(seconds=2)
+SOURCE_PATIENCE = timedelta(seconds=5)
 LONGEST_PATIENCE = timedelta(seconds=60)
 
 Told = tuple[ConditionStatus, Reason, str]

@@ -7,15 +7,18 @@ from datetime import datetime
 from pydantic import ValidationError
 
 from pipelinejob_operator.build.job import Job
-from pipelinejob_operator.build.names import JOB_UID_LABEL
+from pipelinejob_operator.build.names import JOB_UID_LABEL, front_name
+from pipelinejob_operator.build.source import SourceJob
+from pipelinejob_operator.controller import serving
 from pipelinejob_operator.controller.observed import Gang, Observed, Refusal
-from pipelinejob_operator.policy import delegation
+from pipelinejob_operator.policy import delegation, source
 from pipelinejob_operator.policy.facts import Claim, Manifest, StagePod
-from pipelinejob_operator.policy.reasons import ConditionType
+from pipelinejob_operator.policy.reasons import ConditionType, Verdict
 from pipelinejob_operator.runtime.agents import Agents, Target
 from pipelinejob_operator.runtime.cache import Cache, Key
 from pipelinejob_operator.runtime.client import (
     CLAIMS,
+    DEPLOYMENTS,
     FORBIDDEN,
     JOBS,
     NODES,
@@ -59,7 +62,33 @@ class Observer:
             scheduler_served=await self._scheduler_served(job),
             network_due=network_due,
         )
-        return await self._with_claim(job, seen)
+        return await self._with_claim(job, await self._serving(job, seen))
+
+    def with_source(self, job: Job) -> Job:
+        """Add to a job what it must know of the job whose model it serves."""
+        found = source.find(job, self._source(job))
+        return replace(job, source=found) if isinstance(found, SourceJob) else job
+
+    def _source(self, job: Job) -> Manifest | None:
+        wanted = job.spec.model.from_job
+        return self._cache.job(Key(job.namespace, wanted.name)) if wanted else None
+
+    async def _serving(self, job: Job, seen: Observed) -> Observed:
+        """Look at what only a job that serves has."""
+        if job.spec.mode == "Train":
+            return seen
+        found = source.find(job, self._source(job))
+        pipelines = range(job.spec.pipelines)
+        answers = [self._agents.last(job.uid, job.status.attempt + 1, pipeline) for pipeline in pipelines]
+        seen = replace(
+            seen,
+            pipelines=[answer for answer in answers if answer],
+            source_problem=found if isinstance(found, Verdict) else None,
+        )
+        if job.spec.serve is None:
+            return seen
+        manifest = await self._kubernetes.get(DEPLOYMENTS, job.namespace, front_name(job.name))
+        return replace(seen, fronts=serving.fronts(manifest) if manifest else None)
 
     async def _scheduler_served(self, job: Job) -> bool:
         delegate = delegation.wanted(job.spec.placement)
@@ -67,7 +96,7 @@ class Observer:
 
     async def _with_claim(self, job: Job, seen: Observed) -> Observed:
         """Read the claim while it matters: until every stage has a node."""
-        name = job.spec.checkpoint.volume_claim_name
+        name = job.claim_name
         gang = Gang.of(job, seen)
         if not name or (gang.complete(job.shape.size) and all(pod.scheduled for pod in gang.current.values())):
             return seen
@@ -116,9 +145,10 @@ def running_gangs(cache: Cache) -> list[Target]:
         except ValidationError:
             continue  # its reconcile says so
         gang = Gang.of(job, Observed(owned_pods(job, cache.pods(key)))).current
-        addresses = tuple(gang[rank].address for rank in sorted(gang) if gang[rank].started)
-        if job.runs_agent and all(addresses) and addresses:
-            found.append(Target(key, job.uid, job.status.attempt + 1, addresses))
+        for part, pods in serving.asked(job, gang):
+            addresses = tuple(pod.address for pod in pods if pod.started)
+            if job.runs_agent and all(addresses) and addresses:
+                found.append(Target(key, job.uid, job.status.attempt + 1, addresses, part))
     return found
 
 

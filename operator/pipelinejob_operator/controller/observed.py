@@ -6,7 +6,7 @@ from datetime import datetime
 
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.policy.facts import Claim, StagePod
-from pipelinejob_operator.policy.reasons import Reason
+from pipelinejob_operator.policy.reasons import Reason, Verdict
 from pipelinejob_worker.protocol import AgentStatus
 
 
@@ -18,6 +18,17 @@ class Refusal:
     message: str
     generation: int
     retry_at: datetime
+
+
+@dataclass(frozen=True)
+class Fronts:
+    """The fronts' Deployment."""
+
+    wanted: int = 0
+    """Replicas that it was last asked for."""
+    ready: int = 0
+    problem: str = ""
+    """Why pods of it cannot be made, in the words of the API server."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,12 @@ class Observed:
     """Nodes known not to answer; empty where the operator may not read nodes."""
     agent: AgentStatus | None = None
     """What an agent of the present attempt said last."""
+    pipelines: Sequence[AgentStatus] = ()
+    """The same of each pipeline of a Serve job that has said something."""
+    source_problem: Verdict | None = None
+    """Why the job of ``spec.model.fromJob`` cannot be served; None also where none is named."""
+    fronts: Fronts | None = None
+    """The fronts of a Serve job, once their Deployment exists."""
     refusal: Refusal | None = None
     """A refusal still in force: creation waits until its ``retry_at``."""
     scheduler_served: bool = False

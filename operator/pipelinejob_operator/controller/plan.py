@@ -18,6 +18,7 @@ from pipelinejob_operator.build.delegation import KUEUE_FINALIZER, told
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.controller import gang as gang_plan
+from pipelinejob_operator.controller import serving
 from pipelinejob_operator.controller.actions import Action, ApplyObject, DeleteJob, DeletePod, ReleasePod
 from pipelinejob_operator.controller.observed import Gang, Observed
 from pipelinejob_operator.controller.status import Draft, rfc3339
@@ -44,8 +45,11 @@ def plan(job: Job, seen: Observed, now: datetime, installation: Installation) ->
     if job.deleting:
         return Plan(job.status)  # its objects go with it, by their owner references
     if lifecycle.finished(job.status.conditions):
-        return _after_the_end(job, seen, now)
+        return _after_the_end(job, seen, now, installation)
     decided = _active(_Decision(job, seen, now, installation))
+    if job.spec.serve:
+        decided.actions += serving.idle_fronts(job, seen, decided.draft, installation)
+        serving.tell(job, seen, decided.draft)
     status = decided.draft.finish()
     retired = status.attempt != job.status.attempt
     return Plan(
@@ -95,15 +99,16 @@ class _Decision:
 def _active(d: _Decision) -> _Decision:
     """Ask what may end or stop an unfinished job; what passes all of it shall live."""
     job, status = d.job, d.job.status
-    d.draft.gang(d.gang.current, d.seen.agent.progress if d.seen.agent else None)
+    d.draft.gang(d.gang.current, serving.progress(d.seen))
     d.draft.last_words(d.seen.pods)
     d.draft.condition(ConditionType.SUCCEEDED, "Unknown", Reason.ACTIVE, "the job has not finished")
-    case = acceptance.Case(job.spec, job.template, d.seen.claim, len(job.config().to_json().encode()))
+    size = len(job.config().to_json().encode())
+    case = acceptance.Case(job.spec, job.template, d.seen.claim, size, job.source.model if job.source else None)
     if verdict := acceptance.check(case):
         return _refuse(d, verdict)
     d.draft.condition(ConditionType.ACCEPTED, "True", Reason.VALID, "the spec can run")
 
-    if lifecycle.succeeded(d.gang.current, job.shape.size):
+    if job.spec.mode != "Serve" and lifecycle.succeeded(d.gang.current, job.shape.size):
         return _succeed(d)
     if (deadline := lifecycle.deadline(job.spec, status)) is not None:
         if d.now >= deadline:
@@ -300,9 +305,10 @@ def _tend(d: _Decision) -> _Decision:
         d.delete(d.gang.current.values())
         d.down(*hindrance)
         return d
-    todo = gang_plan.actions(d.job, d.gang, d.seen, d.installation)
+    todo = serving.makeable(gang_plan.actions(d.job, d.gang, d.seen, d.installation), d.seen)
     if d.seen.network_due and not any(isinstance(action, ApplyObject) for action in todo):
-        d.actions += [ApplyObject(manifest) for manifest in gang_plan.standing(d.job, d.seen, d.installation)]
+        standing = [ApplyObject(manifest) for manifest in gang_plan.standing(d.job, d.seen, d.installation)]
+        d.actions += serving.makeable(standing, d.seen)
     d.actions += todo
     _observe_placement(d)
     d.draft.condition(ConditionType.RUNNING, *gang_plan.running(d.gang, d.job.shape.size))
@@ -311,14 +317,19 @@ def _tend(d: _Decision) -> _Decision:
 
 def _hindrance(d: _Decision) -> Verdict | None:
     """What keeps the pods from being made: then none may stand, so that no half gang holds anything."""
+    if d.seen.source_problem:
+        d.alarms.append(d.now + gang_plan.SOURCE_PATIENCE)
+        return d.seen.source_problem
     if d.seen.claim_missing:
         placed = _condition(d.job.status, ConditionType.PLACED)
         since = parse_time(placed.last_transition_time) if placed else None
         d.alarms.append(d.now + gang_plan.patience(since, d.now))
-        name = d.job.spec.checkpoint.volume_claim_name
+        name = d.job.claim_name
+        source = d.job.source
+        field = f"spec.model.fromJob.name: {source.name}'s" if source else "spec.checkpoint.volumeClaimName:"
         return Verdict(
             Reason.VOLUME_CLAIM_NOT_FOUND,
-            f'spec.checkpoint.volumeClaimName: claim "{name}" does not exist in namespace "{d.job.namespace}"; '
+            f'{field} claim "{name}" does not exist in namespace "{d.job.namespace}"; '
             "create it (the job looks again by itself), or delete the job and leave the name empty to run without "
             "checkpoints",
         )
@@ -340,9 +351,10 @@ def _observe_placement(d: _Decision) -> None:
     d.draft.condition(ConditionType.PLACED, status, reason, message + by)
 
 
-def _after_the_end(job: Job, seen: Observed, now: datetime) -> Plan:
+def _after_the_end(job: Job, seen: Observed, now: datetime, installation: Installation) -> Plan:
     """A finished job: clean up, and delete it when its time has come. Its status stays as it is."""
     if (due := retention.delete_at(job.spec, job.status)) is not None and now >= due:
         return Plan(job.status, (DeleteJob(),), irreversible=True)
     deletions = tuple(DeletePod(pod) for pod in retention.pods_to_delete(job.spec, seen.pods))
-    return Plan(job.status, deletions, look_again_at=due, irreversible=bool(deletions))
+    fronts = tuple(serving.no_fronts(job, seen, installation))
+    return Plan(job.status, (*deletions, *fronts), look_again_at=due, irreversible=bool(deletions))

@@ -1,8 +1,10 @@
 """What agents tell, in the words of the status: whole numbers with the unit in the name, and a condition. Pure."""
 
+from typing import Any
+
 from pipelinejob_operator.api.status import ProgressStatus, StageStatus
 from pipelinejob_operator.policy.reasons import ConditionStatus, Reason
-from pipelinejob_worker.protocol import Progress, StageTiming
+from pipelinejob_worker.protocol import Progress, Serving, StageTiming
 
 SHARES = (
     "busy_percent",
@@ -35,7 +37,20 @@ def progress_status(progress: Progress) -> ProgressStatus:
         skipped_steps=progress.skipped_steps,
         remaining_seconds=_rounded(progress.remaining_seconds),
         last_checkpoint_step=progress.last_checkpoint_step,
+        **_served(progress.serving),
     )
+
+
+def _served(serving: Serving | None) -> dict[str, Any]:
+    if serving is None:
+        return {}
+    return {
+        "requests_per_second": f"{serving.requests_per_second:.3g}",
+        "prompt_tokens_per_second": round(serving.prompt_tokens_per_second),
+        "running": serving.running,
+        "queued": serving.queued,
+        "cache_percent": round(serving.cache_percent),
+    }
 
 
 def stage_status(before: StageStatus, timing: StageTiming) -> StageStatus:

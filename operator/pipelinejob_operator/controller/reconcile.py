@@ -29,6 +29,7 @@ class _Memory:
 
     uid: str
     network_checked: datetime | None = None
+    network_generation: int = 0
     refusal: Refusal | None = None
     refusals: int = 0
 
@@ -97,7 +98,12 @@ class Reconciler:
             log.warning("cannot read the spec", errors=error.error_count())
             return job, unreadable(job, _first_line(error), now)
         memory = self._recall(key, job)
-        due = memory.network_checked is None or now - memory.network_checked >= self._network_period
+        due = (
+            memory.network_checked is None
+            or now - memory.network_checked >= self._network_period
+            or memory.network_generation != job.generation
+        )
+        job = self._observer.with_source(job)
         seen = await self._observer.look(job, refusal=memory.refusal, network_due=due, now=now)
         return job, plan(job, seen, now, self._installation)
 
@@ -114,7 +120,7 @@ class Reconciler:
         log.debug("executing", actions=[type(action).__name__ for action in made.actions])
         refused = await self._executor.execute(job, made.actions)
         if any(isinstance(action, ApplyObject) for action in made.actions):
-            memory.network_checked = self._clock()
+            memory.network_checked, memory.network_generation = self._clock(), job.generation
         if refused is None:
             if any(isinstance(action, CreatePod) for action in made.actions):
                 memory.refusal, memory.refusals = None, 0

@@ -35,7 +35,11 @@ class Draft:
             "selector": pod_selector(job.name),
         }
         self._conditions = {item.type: item for item in job.status.conditions}
-        self._shown = [kind for kind in ConditionType if kind != ConditionType.CHECKPOINTED or _saves(job)]
+        absent = {
+            *(() if _saves(job) else (ConditionType.CHECKPOINTED,)),
+            *(() if job.spec.serve else (ConditionType.AVAILABLE,)),
+        }
+        self._shown = [kind for kind in ConditionType if kind not in absent]
         for kind in self._shown:
             if kind not in self._conditions:
                 told = (
@@ -55,6 +59,10 @@ class Draft:
             reason=reason,
             message=message[:MESSAGE_LIMIT],
         )
+
+    def told(self, kind: ConditionType) -> Condition:
+        """Return a condition as it is told now."""
+        return self._conditions[kind]
 
     def set(self, **fields: Any) -> None:
         """Set members of the status by their names."""
@@ -109,7 +117,8 @@ class Draft:
 
     def _by_step_alone(self, step: int, before: ProgressStatus) -> ProgressStatus:
         """Conclude the progress from the step, which is all that agents of protocol 1 leave behind."""
-        total = before.total_steps or self._job.spec.train.steps
+        train = self._job.spec.train
+        total = before.total_steps or (train.steps if train else step)
         saved = step if self._job.spec.checkpoint.volume_claim_name else before.last_checkpoint_step
         told: dict[str, int] = {
             "step": step,
@@ -179,6 +188,9 @@ def summary(job: Job, status: Status) -> Summary:
         loss=_short_loss(progress.loss),
         tokens_per_second="" if progress.tokens_per_second is None else short_number(progress.tokens_per_second),
         bubble=_share(progress.bubble_percent),
+        requests_per_second=progress.requests_per_second,
+        queue="" if progress.queued is None else str(progress.queued),
+        fronts=f"{status.ready_fronts}/{job.spec.serve.fronts}" if job.spec.serve else "",
         bubble_limit=_share(progress.bubble_limit_percent),
         model_flops=_share(progress.model_flops_percent),
     )

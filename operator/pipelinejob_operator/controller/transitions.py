@@ -20,6 +20,7 @@ QUIET = frozenset(
         Reason.ACTIVE,
         Reason.FINISHED,
         Reason.NOT_ACCEPTED,
+        Reason.FRONTS_NOT_READY,
     }
 )
 """Reasons that every job passes through, or that repeat another condition."""
@@ -29,6 +30,8 @@ GOOD = frozenset(
         Reason.VALID,
         Reason.PLACED,
         Reason.RUNNING,
+        Reason.SERVING,
+        Reason.MODEL_NOT_SAVED,
         Reason.REPLACING,
         Reason.DRAINING,
         Reason.SUSPENDED,

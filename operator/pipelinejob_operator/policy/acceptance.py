@@ -9,7 +9,7 @@ from pipelinejob_operator.build.volumes import OUR_MOUNT_PATHS, OUR_VOLUMES
 from pipelinejob_operator.build.wiring import NETWORKS_ANNOTATION
 from pipelinejob_operator.policy.facts import Claim, Manifest
 from pipelinejob_operator.policy.reasons import Reason, Verdict
-from pipelinejob_worker.protocol import WORKER_CONTAINER
+from pipelinejob_worker.protocol import WORKER_CONTAINER, Model
 
 EXTRA_MODULES = 2
 """The embedding before a preset's blocks and the head after them can be stages of their own."""
@@ -34,6 +34,13 @@ class Case:
     template: Manifest
     claim: Claim | None
     config_bytes: int
+    source_model: Model | None = None
+    """The model of the job in ``model.fromJob``."""
+
+    @property
+    def model(self) -> Model:
+        """The model itself."""
+        return self.source_model or self.spec.model
 
 
 def check(case: Case) -> Verdict | None:
@@ -43,7 +50,8 @@ def check(case: Case) -> Verdict | None:
 
 def enough_layers(case: Case) -> Verdict | None:
     """Every chunk of every stage needs a layer; of other sources than a preset the worker knows how many there are."""
-    preset, stages, chunks = case.spec.model.preset, case.spec.stages, case.spec.train.schedule.chunks_per_stage
+    preset, stages = case.model.preset, case.spec.stages
+    chunks = case.spec.train.schedule.chunks_per_stage if case.spec.train else 1
     if preset is None or preset.layers + EXTRA_MODULES >= stages * chunks:
         return None
     parts = preset.layers + EXTRA_MODULES
@@ -59,7 +67,7 @@ def enough_layers(case: Case) -> Verdict | None:
 
 def boundaries_lie_inside(case: Case) -> Verdict | None:
     """The last boundary must leave a layer to the last chunk; the order is checked by the API server."""
-    preset, boundaries = case.spec.model.preset, case.spec.partition.boundaries
+    preset, boundaries = case.model.preset, case.spec.partition.boundaries
     if preset is None or not boundaries or boundaries[-1] < preset.layers + EXTRA_MODULES:
         return None
     last = preset.layers + EXTRA_MODULES - 1
@@ -126,11 +134,25 @@ def claim_can_be_shared(case: Case) -> Verdict | None:
     pods = case.spec.stages * case.spec.pipelines
     if case.claim is None or not case.claim.one_pod or pods == 1:
         return None
+    field = "spec.model.fromJob.name" if case.spec.model.from_job else "spec.checkpoint.volumeClaimName"
     return Verdict(
         Reason.CLAIM_ACCESS_MODE,
-        f'spec.checkpoint.volumeClaimName: claim "{case.claim.name}" has the access mode ReadWriteOncePod, but '
+        f'{field}: claim "{case.claim.name}" has the access mode ReadWriteOncePod, but '
         f"{pods} stage pods mount it; allowed: ReadWriteMany, or ReadWriteOnce with all stages "
         "on one node",
+    )
+
+
+def serves_with_our_worker(case: Case) -> Verdict | None:
+    """Fronts can talk only to our own engine."""
+    containers = case.template.get("spec", {}).get("containers", [])
+    own: Manifest = next((item for item in containers if item.get("name") == WORKER_CONTAINER), {})
+    if case.spec.mode == "Train" or not own.get("command"):
+        return None
+    return Verdict(
+        Reason.INVALID_TEMPLATE,
+        f"spec.template.spec.containers: the container worker has a command of its own, but mode {case.spec.mode} is "
+        "our worker's; remove the command",
     )
 
 
@@ -140,5 +162,6 @@ CHAIN: tuple[Callable[[Case], Verdict | None], ...] = (
     configuration_fits,
     template_leaves_ours_alone,
     networks_are_named_once,
+    serves_with_our_worker,
     claim_can_be_shared,
 )

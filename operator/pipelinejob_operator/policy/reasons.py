@@ -29,6 +29,10 @@ class ConditionType(_Meaningful):
         "The newest checkpoint is whole on the volume; False tells why one was not written or not used. Absent without "
         "spec.checkpoint.volumeClaimName.",
     )
+    AVAILABLE = (
+        "Available",
+        "A client that asks now is answered: a front is ready, and a pipeline behind it. Only in mode Serve.",
+    )
     SUCCEEDED = "Succeeded", "Unknown while the job is active; True or False is final."
 
 
@@ -101,6 +105,19 @@ class Reason(_Meaningful):
         "PodRefused",
         "The API server refuses a stage pod or another object of the job. The message holds its words.",
     )
+    MODEL_JOB_NOT_FOUND = (
+        "ModelJobNotFound",
+        "The PipelineJob of spec.model.fromJob does not exist in the namespace. Create it; the job looks again by "
+        "itself. What runs already goes on, but a lost stage is not replaced.",
+    )
+    MODEL_JOB_UNFIT = (
+        "ModelJobUnfit",
+        "The PipelineJob of spec.model.fromJob has no model that can be served; the message says why. Name another.",
+    )
+    MODEL_NOT_SAVED = (
+        "ModelNotSaved",
+        "The PipelineJob of spec.model.fromJob has no complete checkpoint yet. This job starts when it has.",
+    )
     NOT_STARTED = "NotStarted", "Nothing has been created yet."
     # Running
     RUNNING = "AllStagesReady", "Every stage is ready."
@@ -126,6 +143,17 @@ class Reason(_Meaningful):
     REPLACING = (
         "Replacing",
         "The gang is replaced, not because of a failure: other stages or pipelines, a resume, or a drained node.",
+    )
+    # Available
+    SERVING = "Serving", "At least one front and one pipeline are ready."
+    FRONTS_NOT_READY = (
+        "FrontsNotReady",
+        "No front is ready: they start, wait for the model, or cannot run, for instance because the Secret with the "
+        "bearer token is missing. kubectl describe pods -l pipelinejob.dev/front shows why.",
+    )
+    NO_PIPELINE_READY = (
+        "NoPipelineReady",
+        "Fronts are ready, but no pipeline is: accepted requests wait for it for up to limits.recoverySeconds.",
     )
     # Suspended
     NOT_SUSPENDED = "NotSuspended", "spec.suspend is not set."

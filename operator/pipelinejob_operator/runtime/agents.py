@@ -31,20 +31,27 @@ class Target:
     uid: str
     epoch: int
     addresses: tuple[str, ...]
+    part: int = 0
+    """Pipeline of a Serve job, of which each knows its own work only; of others always 0."""
+
+    @property
+    def asked(self) -> tuple[str, int]:
+        """Whose answer it is: the job's UID and the part."""
+        return self.uid, self.part
 
 
 class Agents:
-    """Asks agents and keeps their last answers, by job UID."""
+    """Asks agents and keeps their last answers, by job UID and part."""
 
     def __init__(self, targets: Callable[[], list[Target]], wake: Callable[[Key], None]) -> None:
         self._targets, self._wake = targets, wake
-        self._last: dict[str, AgentStatus] = {}
-        self._turn: dict[str, int] = {}
+        self._last: dict[tuple[str, int], AgentStatus] = {}
+        self._turn: dict[tuple[str, int], int] = {}
         self._limit = asyncio.Semaphore(AT_ONCE)
 
-    def last(self, uid: str, epoch: int) -> AgentStatus | None:
+    def last(self, uid: str, epoch: int, part: int = 0) -> AgentStatus | None:
         """Return the last answer of an agent of this incarnation of the gang."""
-        answer = self._last.get(uid)
+        answer = self._last.get((uid, part))
         return answer if answer and answer.epoch == epoch else None
 
     async def run(self) -> None:
@@ -53,29 +60,29 @@ class Agents:
         async with aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()) as session:
             while True:
                 targets = self._targets()
-                uids = {target.uid for target in targets}
-                self._last = {uid: last for uid, last in self._last.items() if uid in uids}
-                self._turn = {uid: turn for uid, turn in self._turn.items() if uid in uids}
+                asked = {target.asked for target in targets}
+                self._last = {one: last for one, last in self._last.items() if one in asked}
+                self._turn = {one: turn for one, turn in self._turn.items() if one in asked}
                 await asyncio.gather(*(self._poll(session, target) for target in targets))
                 await asyncio.sleep(PERIOD_SECONDS * (1 + random.uniform(-JITTER, JITTER)))  # noqa: S311 - spreads load
 
     async def _poll(self, session: aiohttp.ClientSession, target: Target) -> None:
-        turn = self._turn.setdefault(target.uid, 0)
+        turn = self._turn.setdefault(target.asked, 0)
         address = target.addresses[turn % len(target.addresses)]
         async with self._limit:
             try:
                 answer = await ask(session, address)
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                 # The next stage is asked next time: one deaf agent must not hide the progress of the others.
-                self._turn[target.uid] = turn + 1
+                self._turn[target.asked] = turn + 1
                 metrics.AGENT_POLLS.labels("failed").inc()
                 log.debug("an agent does not answer", job=str(target.key), address=address, error=str(error))
                 return
         metrics.AGENT_POLLS.labels("answered").inc()
         if answer.job_uid != target.uid or answer.epoch != target.epoch:
-            self._turn[target.uid] = turn + 1
-        elif self._last.get(target.uid) != answer:
-            self._last[target.uid] = answer
+            self._turn[target.asked] = turn + 1
+        elif self._last.get(target.asked) != answer:
+            self._last[target.asked] = answer
             self._wake(target.key)
 
 

@@ -36,6 +36,7 @@ SERVICES = Resource("/api/v1", "services")
 CLAIMS = Resource("/api/v1", "persistentvolumeclaims")
 NODES = Resource("/api/v1", "nodes")
 EVENTS = Resource("/api/v1", "events")
+DEPLOYMENTS = Resource("/apis/apps/v1", "deployments")
 NETWORK_POLICIES = Resource("/apis/networking.k8s.io/v1", "networkpolicies")
 LEASES = Resource("/apis/coordination.k8s.io/v1", "leases")
 

@@ -55,7 +55,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a model from nowhere": (
         {"spec__model": {}},
-        "spec.model.preset: Required value: no source of the model is set; allowed: one of preset, huggingFace, module",
+        "spec.model.preset: Required value: no source of the model is set; allowed: one of preset, huggingFace, "
+        "module, fromJob",
     ),
     "a learning rate that is no number": (
         {"spec__train__optimizer": {"learningRate": "fast"}},
@@ -205,7 +206,7 @@ MODELS = {
     "two sources": (
         {"spec__model__module": {"function": "mine:build"}},
         "spec.model.preset: Forbidden: several sources of the model are set; allowed: one of preset, huggingFace, "
-        "module",
+        "module, fromJob",
     ),
     "no heads": (
         {"spec__model__preset__heads": 0},

@@ -11,6 +11,7 @@ from tests.cluster.control_plane import ControlPlane
 from tests.integration.api import cases, delegated_cases, network_cases
 from tests.integration.api.jobs import GOOD, job, worker
 from tests.integration.api.kubectl import Kubectl
+from tests.integration.api.serving import REFUSED_TO_SERVE, SERVED, served
 
 ROOT = Path(__file__).resolve().parents[3]
 REFUSED = cases.REFUSED | network_cases.REFUSED | delegated_cases.REFUSED
@@ -29,6 +30,29 @@ def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
 @pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED.keys())
 def test_bad_input_is_refused_in_one_line(kubectl: Kubectl, changes: dict[str, Any], said: str) -> None:
     assert kubectl.refusal("create", "--dry-run=server", "-f", "-", stdin=job(**changes)) == said
+
+
+@pytest.mark.parametrize(("spec", "said"), REFUSED_TO_SERVE.values(), ids=REFUSED_TO_SERVE.keys())
+def test_what_cannot_be_served_is_refused_in_one_line(kubectl: Kubectl, spec: dict[str, Any], said: str) -> None:
+    assert kubectl.refusal("create", "--dry-run=server", "-f", "-", stdin=served(**spec)) == said
+
+
+@pytest.mark.parametrize("spec", SERVED.values(), ids=SERVED.keys())
+def test_what_can_be_served_is_taken(kubectl: Kubectl, spec: dict[str, Any]) -> None:
+    kubectl.said("create", "--dry-run=server", "-f", "-", stdin=served(**spec))
+
+
+def test_fronts_can_be_changed_while_they_serve_and_the_engine_cannot(kubectl: Kubectl) -> None:
+    kubectl.said("create", "-f", "-", stdin=served())
+    try:
+        wish = {"spec": {"serve": {"fronts": 3, "limits": {"requestSeconds": 30}}, "pipelines": 2}}
+        assert "patched" in kubectl.said("patch", "pj/served", "--type=merge", "-p", json.dumps(wish))
+        line = kubectl.refusal("patch", "pj/served", "--type=merge", "-p", '{"spec": {"serve": {"batchTokens": 64}}}')
+        assert line == (
+            "spec.serve.batchTokens: Forbidden: cannot change after creation; delete the job and create it anew"
+        )
+    finally:
+        kubectl.said("delete", "pj", "served")
 
 
 @pytest.mark.parametrize("changes", TAKEN.values(), ids=TAKEN.keys())
@@ -98,11 +122,13 @@ class TestUpdate:
 
     def test_columns(self, kubectl: Kubectl) -> None:
         header, _ = kubectl.said("get", "pj").splitlines()
-        assert " ".join(header.split()) == "NAME MODE STAGES STATE STEP PROGRESS LOSS TOKENS/S BUBBLE RESTARTS AGE"
+        assert " ".join(header.split()) == (
+            "NAME MODE STAGES STATE STEP PROGRESS LOSS TOKENS/S BUBBLE REQUESTS/S QUEUE RESTARTS AGE"
+        )
 
     def test_columns_of_the_wide_output(self, kubectl: Kubectl) -> None:
         header, _ = kubectl.said("get", "pj", "-o", "wide").splitlines()
-        assert " ".join(header.split()[11:]) == "CHECKPOINT SCHEDULE BUBBLE-LIMIT MFU REASON"
+        assert " ".join(header.split()[13:]) == "CHECKPOINT FRONTS SCHEDULE BUBBLE-LIMIT MFU REASON"
 
     def test_pipelines_scale_within_the_rules(self, kubectl: Kubectl) -> None:
         line = kubectl.refusal("patch", "pj/tiny", "--type=merge", "-p", json.dumps({"spec": {"pipelines": 4}}))

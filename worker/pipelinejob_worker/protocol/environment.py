@@ -48,8 +48,10 @@ RECOVERY_DIRECTORY = "/run/pipelinejob"
 CHECKPOINT_DIRECTORY = "/checkpoint"
 """Where the claim of ``spec.checkpoint.volumeClaimName`` is mounted."""
 
-SOURCE_DIRECTORY = "/source"
-"""Where the checkpoint claim of the job in ``spec.model.fromJob`` is mounted, read-only; since protocol 4."""
+SOURCE_DIRECTORY = CHECKPOINT_DIRECTORY
+"""Where the checkpoint claim of the job in ``spec.model.fromJob`` is mounted, read-only, instead of an own one; since
+protocol 4.
+"""
 
 SCRATCH_DIRECTORY = "/tmp"  # noqa: S108 - an emptyDir of the pod's own; the root file system is read-only
 TRACE_FILE = "trace.json"

@@ -6,6 +6,7 @@ from pydantic import ConfigDict, Field
 
 from pipelinejob_worker.protocol.base import Wire
 from pipelinejob_worker.protocol.rules import Decimal, below_one, cel, rule
+from pipelinejob_worker.protocol.serve import FromJob
 
 
 class Preset(Wire):
@@ -88,7 +89,7 @@ class Module(Wire):
     )
 
 
-_SOURCES = ("preset", "huggingFace", "module")
+_SOURCES = ("preset", "huggingFace", "module", "fromJob")
 _ARE_SET = "[" + ", ".join(f"has(self.{source})" for source in _SOURCES) + "].filter(set, set)"
 
 
@@ -115,6 +116,9 @@ class Model(Wire):
     preset: Preset | None = Field(None, description="A model that ships with the worker image.")
     hugging_face: HuggingFace | None = Field(None, description="A decoder of the transformers library.")
     module: Module | None = Field(None, description="A model from a function in the worker image.")
+    from_job: FromJob | None = Field(
+        None, description="The model of another PipelineJob, with the weights of its checkpoint, for Serve and Batch."
+    )
 
     @property
     def from_hub(self) -> bool:

@@ -36,6 +36,9 @@ def test_four_stages_have_the_losses_of_one_process(namespace: kit.Namespace) ->
         "tokensPerSecond": "",
         "bubble": "",
         "bubbleLimit": "43%",
+        "requestsPerSecond": "",
+        "queue": "",
+        "fronts": "",
         "modelFlops": "",
     }
     assert status["progress"]["bubbleLimitPercent"] == 43  # (p-1)/(m+p-1) with p = 4 and m = 4

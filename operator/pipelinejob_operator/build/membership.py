@@ -10,13 +10,14 @@ PIPELINES_SINCE = 3
 """Protocol version that knows several pipelines: an older agent would join as a stage of the only one."""
 
 
-def membership(gang: Mapping[int, StagePod], place: Place, attempt: int) -> Membership:
+def membership(gang: Mapping[int, StagePod], place: Place, attempt: int, *, replicas: bool = False) -> Membership:
     """Build the membership of the stage at ``place``; ``gang`` maps every rank to a pod that has an address.
 
     The epoch grows with the attempt, from 1. Neighbours are those of the stage's own pipeline; the whole group meets
-    at stage 0 of pipeline 0.
+    at stage 0 of pipeline 0, but each of the ``replicas`` of a job that serves is a group of its own.
     """
     shape = place.shape
+    master = place.pipeline * shape.stages if replicas else 0
     return Membership(
         oldest_reader=max(OLDEST_READER, PIPELINES_SINCE) if shape.pipelines > 1 else OLDEST_READER,
         epoch=attempt + 1,
@@ -25,7 +26,7 @@ def membership(gang: Mapping[int, StagePod], place: Place, attempt: int) -> Memb
         stages=shape.stages,
         pipeline=place.pipeline,
         pipelines=shape.pipelines,
-        master_address=gang[0].address,
+        master_address=gang[master].address,
         master_port=RENDEZVOUS_PORT,
         previous_address=gang[place.rank - 1].address if place.stage > 0 else "",
         next_address=gang[place.rank + 1].address if place.stage < shape.stages - 1 else "",

@@ -62,7 +62,8 @@ def actions(job: Job, gang: Gang, seen: Observed, installation: Installation) ->
         return [OpenGate(pod) for pod in gated]
     if not all(pod.address for pod in pods):
         return []
-    wanted = {pod: membership(gang.current, pod.place, job.status.attempt).to_json() for pod in pods}
+    attempt, replicas = job.status.attempt, job.spec.mode != "Train"
+    wanted = {pod: membership(gang.current, pod.place, attempt, replicas=replicas).to_json() for pod in pods}
     # A pod that has a membership keeps it for the attempt: agents ignore another text of an epoch they have
     # seen.
     return [SetMembership(pod, value) for pod, value in wanted.items() if not pod.membership and not pod.ended]

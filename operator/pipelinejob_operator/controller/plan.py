@@ -50,6 +50,7 @@ def plan(job: Job, seen: Observed, now: datetime, installation: Installation) ->
     if job.spec.serve:
         decided.actions += serving.idle_fronts(job, seen, decided.draft, installation)
         serving.tell(job, seen, decided.draft)
+        decided.alarms += serving.alarms(job, seen, decided.draft, now)
     status = decided.draft.finish()
     retired = status.attempt != job.status.attempt
     return Plan(

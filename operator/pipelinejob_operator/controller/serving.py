@@ -1,6 +1,7 @@
 """What a job that serves has beside its stages: fronts, another job's model, the work of each pipeline. Pure."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from pipelinejob_operator.build.fronts import deployment
@@ -13,6 +14,7 @@ from pipelinejob_operator.policy.facts import StagePod
 from pipelinejob_operator.policy.reasons import ConditionStatus, ConditionType, Reason
 from pipelinejob_worker.protocol import Progress, Serving
 
+FRONTS_PATIENCE = timedelta(seconds=3)
 AT_REST = frozenset({Reason.SUSPENDED, Reason.STOPPING, Reason.FINISHED, Reason.NOT_ACCEPTED})
 """Reasons why nothing shall run: then there is nothing to be answered, and no front is needed."""
 
@@ -85,6 +87,13 @@ def tell(job: Job, seen: Observed, draft: Draft) -> None:
     ready = seen.fronts.ready if seen.fronts else 0
     draft.set(ready_fronts=ready)
     draft.condition(ConditionType.AVAILABLE, *_available(job, seen, draft, ready))
+
+
+def alarms(job: Job, seen: Observed, draft: Draft, now: datetime) -> list[datetime]:
+    """When to look at the fronts again: of their Deployment nothing is watched but its pods."""
+    if _rests(draft) or (job.spec.serve and seen.fronts and seen.fronts.ready >= job.spec.serve.fronts):
+        return []
+    return [now + FRONTS_PATIENCE]
 
 
 def _available(job: Job, seen: Observed, draft: Draft, ready: int) -> tuple[ConditionStatus, Reason, str]:

@@ -79,6 +79,9 @@ async def test_a_job_runs_shows_its_progress_and_succeeds(
             "tokensPerSecond": "14.2k",
             "bubble": "29%",
             "bubbleLimit": "27%",
+            "requestsPerSecond": "",
+            "queue": "",
+            "fronts": "",
             "modelFlops": "",
         }
         assert [stage["layers"] for stage in job["status"]["stages"]] == ["0-2", "3-5", "6-9"]

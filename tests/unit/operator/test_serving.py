@@ -8,6 +8,7 @@ import pytest
 from pipelinejob_operator.api.status import Condition, ProgressStatus, Status
 from pipelinejob_operator.build.fronts import front_objects
 from pipelinejob_operator.build.job import Job
+from pipelinejob_operator.build.membership import membership
 from pipelinejob_operator.build.network import network_objects
 from pipelinejob_operator.build.place import Shape
 from pipelinejob_operator.build.pods import stage_pod
@@ -93,6 +94,12 @@ class TestFronts:
             ]["labels"]
             assert spec["selector"].items() <= labels.items()
             assert spec["publishNotReadyAddresses"], "a stage is asked before it is ready, too"
+
+    def test_each_pipeline_is_a_group_of_its_own(self) -> None:
+        shape = Shape(2, 2)
+        gang = {p.place.rank: p for p in (pod(s, pipeline=k, shape=shape) for k in range(2) for s in range(2))}
+        members = [membership(gang, gang[rank].place, 0, replicas=True) for rank in range(4)]
+        assert [member.master_address for member in members] == ["10.0.0.0", "10.0.0.0", "10.0.0.2", "10.0.0.2"]
 
     def test_clients_reach_them_at_the_port_of_the_spec(self) -> None:
         spec = objects(served(serve={"port": 80}))["Service/tiny-front"]["spec"]
@@ -321,6 +328,11 @@ class TestStatus:
         assert available(made) == expected
         assert words in message(made, "Available")
         assert made.status.ready_fronts == ready
+
+    @pytest.mark.parametrize(("ready", "again"), [(1, True), (2, False)])
+    def test_fronts_that_are_missing_are_looked_for_again(self, ready: int, again: bool) -> None:
+        some = settled(served(), *pods())
+        assert (decide(some, *pods(), fronts=Fronts(2, ready)).look_again_at is not None) == again
 
     def test_one_replica_of_two_is_enough(self) -> None:
         shape = Shape(2, 2)

@@ -12,12 +12,14 @@ import structlog
 from pydantic import ValidationError
 
 from pipelinejob_operator.controller.observe import Observer, job_rows, running_gangs
+from pipelinejob_operator.controller.placer import Placer
 from pipelinejob_operator.controller.reconcile import Reconciler
 from pipelinejob_operator.runtime import logs, metrics
 from pipelinejob_operator.runtime.agents import Agents
 from pipelinejob_operator.runtime.cache import Cache, Key
 from pipelinejob_operator.runtime.client import ApiError, Kubernetes
 from pipelinejob_operator.runtime.health import Health
+from pipelinejob_operator.runtime.inventory import Inventory
 from pipelinejob_operator.runtime.leader import Leader
 from pipelinejob_operator.runtime.queue import WorkQueue
 from pipelinejob_operator.runtime.relist import Relist
@@ -41,9 +43,16 @@ async def run(settings: Settings) -> int:
     cache = Cache()
     queue: WorkQueue[Key] = WorkQueue(clock)
     agents = Agents(lambda: running_gangs(cache) if leader.leads else [], queue.add)
+    # One namespace's operator may not read nodes and other namespaces' pods, so it cannot plan.
+    inventory = Inventory() if not settings.watch_namespace else None
+    placer = None
+    if inventory is not None:
+        placer = Placer(kubernetes, cache, inventory, installation=settings.installation(), wake=queue.add)
+        inventory.more_room = placer.more_room
     relist = Relist(
         kubernetes,
         cache,
+        inventory,
         namespace=settings.watch_namespace,
         seconds=settings.relist_seconds,
         clock=clock,
@@ -53,6 +62,7 @@ async def run(settings: Settings) -> int:
         kubernetes,
         cache,
         Observer(kubernetes, cache, agents),
+        placer,
         installation=settings.installation(),
         instance=identity,
         network_period=timedelta(seconds=settings.relist_seconds),
@@ -74,7 +84,8 @@ async def run(settings: Settings) -> int:
             f"worker-{number}": work(f"worker-{number}", queue, reconciler, health, (leader.elected, relist.synced))
             for number in range(WORKERS)
         },
-        "watch": watch(cache, queue.add, settings.watch_namespace),  # last: when it ends, it ends what began later
+        # Last: when it ends, it ends what began later.
+        "watch": watch(cache, inventory, queue.add, settings.watch_namespace),
     }
     tasks = [asyncio.create_task(part, name=name) for name, part in parts.items()]
     try:

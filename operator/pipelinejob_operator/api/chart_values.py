@@ -118,10 +118,10 @@ class Values(_Values):
         description="The only namespace with jobs; the operator's rights then end there. Empty: all namespaces.",
     )
     topology_levels: list[LabelKey] = Field(
-        ["topology.kubernetes.io/zone", "kubernetes.io/hostname"],
+        [],
         max_length=8,
-        description="Node labels from the widest domain to the narrowest; neighbouring stages prefer to share the "
-        "narrowest. A job may name its own.",
+        description="Node labels from the widest domain to the narrowest, for instance zone and rack; the host is "
+        "always the last. Empty: those of cloud providers and fabrics that the nodes have. A job may name its own.",
     )
     schedulers: list[Literal["PodGroup", "Volcano", "SchedulerPlugins"]] = Field(
         [],

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pipelinejob_operator.api.placement import MAX_LEVELS, PlacementStatus
 from pipelinejob_worker.protocol.base import Wire
 
 MAX_PODS = 512
@@ -28,6 +29,12 @@ class StageStatus(Wire):
     pipeline: int = Field(0, description="Data-parallel copy of the pipeline that it belongs to, from 0.")
     pod: str = Field("", description="Name of its pod.")
     node: str = Field("", description="Node of its pod.")
+    domains: list[Annotated[str, Field(max_length=256)]] = Field(
+        [],
+        max_length=MAX_LEVELS,
+        description="Domains that the node is in, from the widest level to the narrowest above the host.",
+        json_schema_extra={"x-kubernetes-list-type": "atomic"},
+    )
     state: str = Field("", description="Pending, Starting, Running, Succeeded or Failed.")
     layers: str = Field("", description="Global layers that it holds, by chunk, for instance 0-2 or 0-2,9-11.")
     restarts: int = Field(0, description="How many pods of this stage have failed.")
@@ -117,6 +124,7 @@ class Summary(Wire):
     queue: str = ""
     fronts: str = ""
     model_flops: str = ""
+    crossings: str = ""
 
 
 class Status(Wire):
@@ -141,6 +149,9 @@ class Status(Wire):
     ready_fronts: int = Field(0, description="Fronts that answer clients, in mode Serve.")
     selector: str = Field("", description="Label selector of the stage pods, for the scale subresource.")
     progress: ProgressStatus = Field(default_factory=ProgressStatus, description="How far the job is.")
+    placement: PlacementStatus = Field(
+        default_factory=PlacementStatus, description="How near the stages are to each other."
+    )
     attempt: int = Field(0, description="Number of the present gang of pods, from 0; part of the pods' names.")
     restarts: int = Field(0, description="Restarts of the gang because of failures, over the job's life.")
     restart_times: list[Annotated[str, Field(json_schema_extra={"format": "date-time"})]] = Field(

@@ -279,5 +279,6 @@ PRINTER_COLUMNS: tuple[tuple[str, str, str, int], ...] = (
     ("Schedule", ".spec.train.schedule.name", "string", 1),
     ("Bubble-Limit", ".status.summary.bubbleLimit", "string", 1),
     ("MFU", ".status.summary.modelFlops", "string", 1),
+    ("Crossings", ".status.summary.crossings", "string", 1),
     ("Reason", '.status.conditions[?(@.type=="Running")].reason', "string", 1),
 )

@@ -12,8 +12,8 @@ class Installation:
 
     worker_image: str
     worker_image_pull_policy: str = "IfNotPresent"
-    topology_levels: tuple[str, ...] = ("topology.kubernetes.io/zone", "kubernetes.io/hostname")
-    """Node labels from the widest domain to the narrowest."""
+    topology_levels: tuple[str, ...] = ()
+    """Node labels from the widest domain to the narrowest; empty: those that are found on the nodes."""
     operator_namespace: str = "default"
     schedulers: tuple[str, ...] = ()
     """Schedulers whose PodGroups the operator has rights to, as ``spec.placement.delegated.to`` names them."""

@@ -17,6 +17,7 @@ FRONT_LABEL = f"{GROUP}/front"
 
 MEMBERSHIP_ANNOTATION = f"{GROUP}/membership"
 CONFIG_ANNOTATION = f"{GROUP}/config"
+OPENED_ANNOTATION = f"{GROUP}/opened"
 GATE = f"{GROUP}/gang"
 FIELD_MANAGER = "pipelinejob-operator"
 

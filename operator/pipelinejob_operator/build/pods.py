@@ -23,7 +23,7 @@ from pipelinejob_operator.build.names import (
 )
 from pipelinejob_operator.build.place import Place
 from pipelinejob_operator.build.volumes import stage_volumes
-from pipelinejob_operator.placement.affinity import HOST_LEVEL, near_neighbours, together
+from pipelinejob_operator.placement.affinity import FALLBACK_LEVELS, HOST_LEVEL, near_neighbours, together
 from pipelinejob_worker.protocol import STATUS_PORT, WORKER_CONTAINER
 
 AGENT_COMMAND = ["python3", "-m", "pipelinejob_worker.agent"]
@@ -130,7 +130,7 @@ def _place(
     delegate: Delegate | None,
 ) -> None:
     """Add the terms of placement to the user's own affinity."""
-    levels = job.spec.placement.topology_levels or installation.topology_levels
+    levels = job.spec.placement.topology_levels or installation.topology_levels or FALLBACK_LEVELS
     preferred, required = near_neighbours(labels, job.spec.stages, levels), []
     if share_host:
         required.append(together(labels, HOST_LEVEL))

@@ -1,4 +1,4 @@
-"""What a plan can ask for: each is one write to the API server."""
+"""What a plan can ask for: each is a write to the API server, or several that belong together."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,18 @@ class OpenGate:
     """Remove our scheduling gate from a pod."""
 
     pod: StagePod
+
+
+@dataclass(frozen=True)
+class PlaceGang:
+    """Find nodes for the pods that wait behind their gates; pin and open all of them, or none."""
+
+
+@dataclass(frozen=True)
+class NoteRelease:
+    """Remember that pods were taken back: their node is left out for a while, or provisioning pauses."""
+
+    node: str
 
 
 @dataclass(frozen=True)
@@ -55,4 +67,6 @@ class DeleteJob:
     """Delete the job, if it is still the one we saw."""
 
 
-Action = ApplyObject | CreatePod | OpenGate | SetMembership | DeletePod | ReleasePod | DeleteJob
+Action = (
+    ApplyObject | CreatePod | OpenGate | PlaceGang | NoteRelease | SetMembership | DeletePod | ReleasePod | DeleteJob
+)

@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -19,11 +18,15 @@ from pipelinejob_operator.controller.actions import (
     CreatePod,
     DeleteJob,
     DeletePod,
+    NoteRelease,
     OpenGate,
+    PlaceGang,
     ReleasePod,
     SetMembership,
 )
-from pipelinejob_operator.controller.refusals import classify
+from pipelinejob_operator.controller.observed import Unplaced
+from pipelinejob_operator.controller.placer import Placer
+from pipelinejob_operator.controller.refusals import Refused, classify
 from pipelinejob_operator.policy.facts import Manifest, StagePod
 from pipelinejob_operator.policy.reasons import Reason
 from pipelinejob_operator.runtime import metrics
@@ -53,26 +56,18 @@ HASH_ANNOTATION = f"{GROUP}/manifest-hash"
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Refused:
-    """The API server will not have one of the job's objects."""
-
-    what: str
-    reason: Reason
-    words: str
-
-
 class Executor:
     """Carries out actions. What a write returns goes into the cache at once, so the next look sees it."""
 
-    def __init__(self, kubernetes: Kubernetes, cache: Cache) -> None:
-        self._kubernetes, self._cache = kubernetes, cache
+    def __init__(self, kubernetes: Kubernetes, cache: Cache, placer: Placer | None) -> None:
+        self._kubernetes, self._cache, self._placer = kubernetes, cache, placer
 
-    async def execute(self, job: Job, actions: Sequence[Action]) -> Refused | None:
+    async def execute(self, job: Job, actions: Sequence[Action]) -> Refused | Unplaced | None:
         """Carry out the actions in order, several at once where their order does not matter.
 
-        Stops at the first refusal and returns it. Raises ``ApiError`` where the world is no longer what the
-        plan saw (409, or 422 of a test), or the server fails: the caller plans anew.
+        Stops at the first refusal, or where there are no nodes, and returns that.
+        Raises ``ApiError`` where the world is no longer what the plan saw (409, or 422 of a test), or the server
+        fails: the caller plans anew.
         """
         for start in range(0, len(actions), AT_ONCE):
             part = actions[start : start + AT_ONCE]
@@ -80,8 +75,8 @@ class Executor:
             for result in results:
                 if isinstance(result, BaseException):
                     raise result
-            if refused := next((result for result in results if isinstance(result, Refused)), None):
-                return refused
+            if no := next((result for result in results if isinstance(result, Refused | Unplaced)), None):
+                return no
         return None
 
     async def write_status(self, job: Job, status: Status) -> None:
@@ -99,7 +94,7 @@ class Executor:
         metrics.WRITES.labels("status").inc()
         self._cache.put_job(written)
 
-    async def _one(self, job: Job, action: Action) -> Refused | None:
+    async def _one(self, job: Job, action: Action) -> Refused | Unplaced | None:
         match action:
             case ApplyObject(manifest):
                 return await self._apply(job, manifest)
@@ -112,6 +107,10 @@ class Executor:
                     pod,
                     [{"op": "test", "path": f"{path}/name", "value": GATE}, {"op": "remove", "path": path}],
                 )
+            case PlaceGang() if self._placer:
+                return await self._placer.place(job)
+            case NoteRelease(node) if self._placer:
+                self._placer.note_release(job, node)
             case SetMembership(pod, value):
                 path = f"/metadata/annotations/{MEMBERSHIP_ANNOTATION.replace('/', '~1')}"
                 await self._patch_pod(
@@ -149,6 +148,8 @@ class Executor:
             raise
         metrics.WRITES.labels("create pod").inc()
         self._cache.put_pod(created)
+        if self._placer:
+            self._placer.saw(created)
         return None
 
     async def _adopt(self, job: Job, name: str) -> Refused | None:

@@ -1,5 +1,6 @@
 """The present gang: what it lacks to come alive, and what it shows while it lives. Pure."""
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from pipelinejob_operator.api.status import Status
@@ -9,8 +10,16 @@ from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.membership import membership
 from pipelinejob_operator.build.network import network_objects
+from pipelinejob_operator.build.opening import DYNAMIC_RESOURCES, PROVISION
 from pipelinejob_operator.build.pods import stage_pod
-from pipelinejob_operator.controller.actions import Action, ApplyObject, CreatePod, OpenGate, SetMembership
+from pipelinejob_operator.controller.actions import (
+    Action,
+    ApplyObject,
+    CreatePod,
+    OpenGate,
+    PlaceGang,
+    SetMembership,
+)
 from pipelinejob_operator.controller.observed import Gang, Observed
 from pipelinejob_operator.policy import delegation as policy
 from pipelinejob_operator.policy.facts import Claim, Manifest, StagePod
@@ -59,7 +68,9 @@ def actions(job: Job, gang: Gang, seen: Observed, installation: Installation) ->
         ]
     pods = [gang.current[rank] for rank in range(shape.size)]
     if gated := [pod for pod in pods if pod.gate is not None and not pod.terminating]:
-        return [OpenGate(pod) for pod in gated]
+        if not (seen.plans and job.spec.placement.strategy == "Planned"):
+            return [OpenGate(pod) for pod in gated]
+        return [] if seen.unplaced else [PlaceGang()]
     if not all(pod.address for pod in pods):
         return []
     attempt, replicas = job.status.attempt, job.spec.mode != "Train"
@@ -81,24 +92,49 @@ def standing(job: Job, seen: Observed, installation: Installation) -> list[Manif
     return [*network_objects(job, installation), *([group] if group else [])]
 
 
-def placed(gang: Gang, size: int, claim: Claim | None) -> Told:
+def placed(gang: Gang, job: Job, seen: Observed) -> Told:
     """The condition Placed of a gang that is being made or lives."""
+    size = job.shape.size
     if not gang.complete(size):
         return "False", Reason.CREATING, f"{len(gang.current)} of {size} stage pods exist"
     pods = list(gang.current.values())
     if all(pod.scheduled for pod in pods):
-        return "True", Reason.PLACED, f"all {size} stages have a node"
+        return "True", Reason.PLACED, f"all {size} stages have a node{_how(job, pods, seen)}"
+    if seen.unplaced:
+        return "False", seen.unplaced.reason, seen.unplaced.message + _tied(seen.claim, size)
+    have = f"{sum(pod.scheduled for pod in pods)} of {size} stages have a node"
+    if any(pod.opened and pod.opened.why == PROVISION for pod in pods):
+        limit = job.spec.placement.provision_timeout_seconds
+        return "False", Reason.PROVISIONING, f"{have}; the others wait for nodes to be provisioned, at most {limit} s"
     if stuck := [pod for pod in pods if pod.unschedulable]:
         message = f"{len(stuck)} of {size} stages find no node; {stuck[0].place}: {stuck[0].unschedulable}"
-        if claim and claim.one_node and size > 1:
-            message += (
-                f'; claim "{claim.name}" is ReadWriteOnce, so all {size} stages must share one node: use a '
-                "ReadWriteMany claim, or a node with room for all of them"
-            )
-        return "False", Reason.UNSCHEDULABLE, message
+        return "False", Reason.UNSCHEDULABLE, message + _tied(seen.claim, size)
     if held := [pod for pod in pods if pod.held and not pod.scheduled]:
         return "False", Reason.HELD, f"{len(held)} of {size} stages wait behind the scheduling gate {held[0].held[0]}"
-    return "False", Reason.SCHEDULING, f"{sum(pod.scheduled for pod in pods)} of {size} stages have a node"
+    return "False", Reason.SCHEDULING, have
+
+
+def _how(job: Job, pods: Sequence[StagePod], seen: Observed) -> str:
+    """Say how the nodes were chosen, in so far as it was not as the job asked."""
+    if job.spec.placement.strategy != "Planned":
+        return ""
+    if not seen.plans:
+        return (
+            ", chosen by kube-scheduler with affinity between neighbours: the operator is installed for one namespace, "
+            "so it cannot see the nodes to plan"
+        )
+    if any(pod.opened and pod.opened.why == DYNAMIC_RESOURCES for pod in pods):
+        return ", chosen by kube-scheduler: a DeviceClass stands behind the devices, so only it knows what is free"
+    return ""
+
+
+def _tied(claim: Claim | None, size: int) -> str:
+    if claim is None or not claim.one_node or size == 1:
+        return ""
+    return (
+        f'; claim "{claim.name}" is ReadWriteOnce, so all {size} stages must share one node: use a ReadWriteMany '
+        "claim, or a node with room for all of them"
+    )
 
 
 def running(gang: Gang, size: int) -> Told:

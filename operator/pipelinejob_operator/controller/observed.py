@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from pipelinejob_operator.build.job import Job
+from pipelinejob_operator.controller.located import Located
 from pipelinejob_operator.policy.facts import Claim, StagePod
 from pipelinejob_operator.policy.reasons import Reason, Verdict
 from pipelinejob_worker.protocol import AgentStatus
@@ -32,6 +33,17 @@ class Fronts:
 
 
 @dataclass(frozen=True)
+class Unplaced:
+    """Why a gang whose pods all exist has no nodes yet, and when to try again even if nothing happens."""
+
+    reason: Reason
+    message: str
+    retry_at: datetime
+    gains: int
+    """The inventory's count when it was decided: the same gang finds no nodes before it has grown."""
+
+
+@dataclass(frozen=True)
 class Observed:
     """One look at a job's surroundings."""
 
@@ -54,6 +66,14 @@ class Observed:
     """A refusal still in force: creation waits until its ``retry_at``."""
     scheduler_served: bool = False
     """Whether the API of the scheduler that the job is delegated to is served."""
+    plans: bool = False
+    """Whether nodes and all pods are known, so that the operator can plan."""
+    unplaced: Unplaced | None = None
+    """Why the gang has no nodes, while that holds."""
+    unfit_levels: str = ""
+    """What is wrong with the job's topology levels on this cluster; empty where nothing is."""
+    located: Located | None = None
+    """How near the stages are, once all have a node."""
     network_due: bool = True
     """Whether Service and NetworkPolicy have not been compared for a while."""
 

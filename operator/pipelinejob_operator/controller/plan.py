@@ -19,11 +19,18 @@ from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.controller import gang as gang_plan
 from pipelinejob_operator.controller import serving
-from pipelinejob_operator.controller.actions import Action, ApplyObject, DeleteJob, DeletePod, ReleasePod
+from pipelinejob_operator.controller.actions import (
+    Action,
+    ApplyObject,
+    DeleteJob,
+    DeletePod,
+    NoteRelease,
+    ReleasePod,
+)
 from pipelinejob_operator.controller.observed import Gang, Observed
 from pipelinejob_operator.controller.status import Draft, rfc3339
 from pipelinejob_operator.controller.transitions import Notice, notices
-from pipelinejob_operator.policy import acceptance, delegation, failure, lifecycle, restart, retention
+from pipelinejob_operator.policy import acceptance, delegation, failure, lifecycle, release, restart, retention
 from pipelinejob_operator.policy.facts import Failure, StagePod, parse_time
 from pipelinejob_operator.policy.reasons import ConditionType, Reason, Verdict
 
@@ -101,6 +108,8 @@ def _active(d: _Decision) -> _Decision:
     """Ask what may end or stop an unfinished job; what passes all of it shall live."""
     job, status = d.job, d.job.status
     d.draft.gang(d.gang.current, serving.progress(d.seen))
+    if d.seen.located:
+        d.draft.located(d.seen.located)
     d.draft.last_words(d.seen.pods)
     d.draft.condition(ConditionType.SUCCEEDED, "Unknown", Reason.ACTIVE, "the job has not finished")
     size = len(job.config().to_json().encode())
@@ -131,11 +140,30 @@ def _live(d: _Decision) -> _Decision:
         d.retire()
         d.down(Reason.REPLACING, f"the gang is replaced to run {job.shape}")
         return d
-    if gang_plan.opened(d.gang, status) and (finding := _first_failure(d)):
-        return _answer(d, finding)
+    if gang_plan.opened(d.gang, status):
+        if _taken_back(d):
+            return d
+        if finding := _first_failure(d):
+            return _answer(d, finding)
     if _next_gang_waits(d):
         return d
     return _tend(d)
+
+
+def _taken_back(d: _Decision) -> bool:
+    """Release a gang of which a stage does not get the node that was planned for it; whether that is so."""
+    if not d.gang.complete(d.job.shape.size):
+        return False
+    timeout = timedelta(seconds=d.job.spec.placement.provision_timeout_seconds)
+    verdict = release.judge(d.gang.current.values(), timeout, d.now)
+    if verdict.look_again_at:
+        d.alarms.append(verdict.look_again_at)
+    if not verdict.pods:
+        return False
+    d.actions.append(NoteRelease(verdict.avoid))
+    d.retire()
+    d.down(Reason.REPLANNING, f"{verdict.why}; all stages are taken back and planned anew")
+    return True
 
 
 def _first_failure(d: _Decision) -> failure.Finding | None:
@@ -292,7 +320,7 @@ def _given_up(pod: StagePod, d: _Decision) -> bool:
 def _keep_or(d: _Decision, reason: Reason, message: str) -> None:
     """Keep the words that told why the gang is replaced, where they still stand; else say ``message``."""
     running = _condition(d.job.status, ConditionType.RUNNING)
-    if running is None or running.reason not in (Reason.RESTARTING, Reason.REPLACING):
+    if running is None or running.reason not in (Reason.RESTARTING, Reason.REPLACING, Reason.REPLANNING):
         d.down(reason, message)
 
 
@@ -302,10 +330,17 @@ def _condition(status: Status, kind: ConditionType) -> Condition | None:
 
 def _tend(d: _Decision) -> _Decision:
     """Bring the present gang to life, or watch it live."""
-    if not gang_plan.opened(d.gang, d.job.status) and (hindrance := _hindrance(d)):
-        d.delete(d.gang.current.values())
-        d.down(*hindrance)
+    if not gang_plan.opened(d.gang, d.job.status):
+        if hindrance := _hindrance(d):
+            d.delete(d.gang.current.values())
+            d.down(*hindrance)
+            return d
+    elif d.seen.refusal and any(pod.gate is not None for pod in d.gang.current.values()):
+        d.retire()  # half of it is open: it holds what another job could use
+        d.down(d.seen.refusal.reason, d.seen.refusal.message)
         return d
+    if d.seen.unplaced:
+        d.alarms.append(d.seen.unplaced.retry_at)
     todo = serving.makeable(gang_plan.actions(d.job, d.gang, d.seen, d.installation), d.seen)
     if d.seen.network_due and not any(isinstance(action, ApplyObject) for action in todo):
         standing = [ApplyObject(manifest) for manifest in gang_plan.standing(d.job, d.seen, d.installation)]
@@ -339,6 +374,9 @@ def _hindrance(d: _Decision) -> Verdict | None:
     ):
         d.alarms.append(d.now + gang_plan.LONGEST_PATIENCE)
         return verdict
+    if d.seen.unfit_levels:
+        d.alarms.append(d.now + gang_plan.LONGEST_PATIENCE)
+        return Verdict(Reason.UNFIT_LEVELS, d.seen.unfit_levels)
     if d.seen.refusal:
         d.alarms.append(d.seen.refusal.retry_at)
         return Verdict(d.seen.refusal.reason, d.seen.refusal.message)
@@ -346,7 +384,7 @@ def _hindrance(d: _Decision) -> Verdict | None:
 
 
 def _observe_placement(d: _Decision) -> None:
-    status, reason, message = gang_plan.placed(d.gang, d.job.shape.size, d.seen.claim)
+    status, reason, message = gang_plan.placed(d.gang, d.job, d.seen)
     scheduler = gang_plan.delegate(d.job, d.seen, d.installation)
     by = f"; {told(d.job, scheduler)}" if scheduler else ""
     d.draft.condition(ConditionType.PLACED, status, reason, message + by)

@@ -10,10 +10,11 @@ from pydantic import ValidationError
 
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
-from pipelinejob_operator.controller.actions import ApplyObject, CreatePod
+from pipelinejob_operator.controller.actions import ApplyObject, CreatePod, PlaceGang
 from pipelinejob_operator.controller.execute import Executor, render
 from pipelinejob_operator.controller.observe import Observer
-from pipelinejob_operator.controller.observed import Refusal
+from pipelinejob_operator.controller.observed import Refusal, Unplaced
+from pipelinejob_operator.controller.placer import Placer
 from pipelinejob_operator.controller.plan import Plan, plan, unreadable
 from pipelinejob_operator.controller.refusals import refusal
 from pipelinejob_operator.runtime import events, metrics
@@ -32,6 +33,7 @@ class _Memory:
     network_generation: int = 0
     refusal: Refusal | None = None
     refusals: int = 0
+    unplaced: Unplaced | None = None
 
 
 class Reconciler:
@@ -42,6 +44,7 @@ class Reconciler:
         kubernetes: Kubernetes,
         cache: Cache,
         observer: Observer,
+        placer: Placer | None,
         *,
         installation: Installation,
         instance: str,
@@ -49,7 +52,7 @@ class Reconciler:
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._kubernetes, self._cache, self._observer = kubernetes, cache, observer
-        self._executor = Executor(kubernetes, cache)
+        self._executor, self._placer = Executor(kubernetes, cache, placer), placer
         self._installation, self._instance = installation, instance
         self._network_period, self._clock = network_period, clock
         self._memory: dict[Key, _Memory] = {}
@@ -105,6 +108,8 @@ class Reconciler:
         )
         job = self._observer.with_source(job)
         seen = await self._observer.look(job, refusal=memory.refusal, network_due=due, now=now)
+        if self._placer is not None:
+            seen = self._placer.look(job, seen, memory.unplaced)
         return job, plan(job, seen, now, self._installation)
 
     def _recall(self, key: Key, job: Job) -> _Memory:
@@ -115,12 +120,16 @@ class Reconciler:
         return memory
 
     async def _execute(self, key: Key, job: Job, made: Plan) -> bool:
-        """Carry out a plan; True where the API server refused something: then plan anew at once."""
+        """Carry out a plan; True where something was refused, or there are no nodes: then plan anew at once."""
         memory = self._recall(key, job)
         log.debug("executing", actions=[type(action).__name__ for action in made.actions])
         refused = await self._executor.execute(job, made.actions)
         if any(isinstance(action, ApplyObject) for action in made.actions):
             memory.network_checked, memory.network_generation = self._clock(), job.generation
+        if any(isinstance(action, PlaceGang) for action in made.actions):
+            memory.unplaced = refused if isinstance(refused, Unplaced) else None
+        if isinstance(refused, Unplaced):
+            return True
         if refused is None:
             if any(isinstance(action, CreatePod) for action in made.actions):
                 memory.refusal, memory.refusals = None, 0

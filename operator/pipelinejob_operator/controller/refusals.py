@@ -1,5 +1,6 @@
 """What the API server's no to one of our objects means for the job. Pure."""
 
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from pipelinejob_operator.build.job import Job
@@ -30,6 +31,15 @@ _MARKS = (
     (" limit to request ratio per ", Reason.LIMIT_RANGE_EXCEEDED),
 )
 """What the admission plugins write: the API has no field that tells them apart."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The API server will not have one of the job's objects."""
+
+    what: str
+    reason: Reason
+    words: str
 
 
 def classify(message: str) -> Reason:

@@ -7,6 +7,8 @@ from typing import Any
 from pipelinejob_operator.api.status import Condition, FirstFailure, ProgressStatus, StageStatus, Status, Summary
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.names import pod_selector
+from pipelinejob_operator.controller.located import Located
+from pipelinejob_operator.controller.located import summary as crossings_summary
 from pipelinejob_operator.controller.progress import checkpointed, progress_status, saved, stage_status
 from pipelinejob_operator.policy.facts import Failure, StagePod
 from pipelinejob_operator.policy.reasons import ConditionStatus, ConditionType, Reason
@@ -78,12 +80,24 @@ class Draft:
             shown = (
                 {"pod": pod.name, "node": pod.node, "state": stage_state(pod)}
                 if pod
-                else {"pod": "", "node": "", "state": "Pending"}
+                else {"pod": "", "node": "", "domains": [], "state": "Pending"}
             )
             stages.append(before.model_copy(update=shown))
         self.set(stages=stages, ready_stages=sum(pod.ready for pod in pods.values()))
         if progress:
             self._progress(progress)
+
+    def located(self, located: Located) -> None:
+        """Copy how near the stages are to each other."""
+        size = self._job.shape.stages
+        stages: list[StageStatus] = self._fields.get("stages", self._job.status.stages)
+        self.set(
+            placement=located.status,
+            stages=[
+                item.model_copy(update={"domains": list(located.domains.get(item.pipeline * size + item.index, ()))})
+                for item in stages
+            ],
+        )
 
     def _progress(self, progress: Progress) -> None:
         """Copy how far the pipeline is, and where its stages' time went."""
@@ -193,6 +207,7 @@ def summary(job: Job, status: Status) -> Summary:
         fronts=f"{status.ready_fronts}/{job.spec.serve.fronts}" if job.spec.serve else "",
         bubble_limit=_share(progress.bubble_limit_percent),
         model_flops=_share(progress.model_flops_percent),
+        crossings=crossings_summary(status.placement),
     )
 
 

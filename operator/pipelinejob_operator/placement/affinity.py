@@ -6,6 +6,9 @@ from typing import Any
 from pipelinejob_operator.build.names import ATTEMPT_LABEL, JOB_UID_LABEL, PIPELINE_LABEL, STAGE_LABEL
 
 HOST_LEVEL = "kubernetes.io/hostname"
+FALLBACK_LEVELS = ("topology.kubernetes.io/zone", HOST_LEVEL)
+"""Levels where neither the job nor the installation names any, and the nodes' labels cannot be read."""
+
 HEAVIEST = 100
 """Largest weight that the API allows."""
 

@@ -32,6 +32,8 @@ class Node:
     free: Mapping[str, int]
     taints: tuple[Taint, ...] = ()
     leaving: bool = False
+    avoided: str = ""
+    """Why no stage may come for now, whatever it tolerates; empty if it may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,8 @@ class Demand:
         """Why the pod may not run on ``node`` whatever room it has, in words that group nodes; None if it may."""
         if node.leaving:
             return "being deleted"
+        if node.avoided:
+            return node.avoided
         for taint in node.taints:
             if taint.effect in _KEEPS_AWAY and not any(item.tolerates(taint) for item in self.tolerations):
                 return "cordoned" if taint.key == UNSCHEDULABLE else f"tainted {taint}"

@@ -68,7 +68,8 @@ def _pinned_to(spec: Manifest) -> str | None:
     required = ((spec.get("affinity") or {}).get("nodeAffinity") or {}).get(
         "requiredDuringSchedulingIgnoredDuringExecution"
     ) or {}
-    names = {_only_name(term) for term in required.get("nodeSelectorTerms") or []}
+    terms = [term for term in required.get("nodeSelectorTerms") or [] if any(term.values())]
+    names = {_only_name(term) for term in terms}  # a term without a requirement matches no node
     return names.pop() if len(names) == 1 else None
 
 

@@ -136,24 +136,24 @@ def read_nodes(
         name = node_of(pod)
         if name is not None and counts(pod):
             taken.setdefault(name, Counter()).update(requests(pod))
-    return tuple(sorted((_node(item, taken) for item in nodes), key=lambda node: node.name))
+    read = (read_node(item, taken.get(item["metadata"]["name"], {})) for item in nodes)
+    return tuple(sorted(read, key=lambda node: node.name))
 
 
-def _node(manifest: Manifest, taken: Mapping[str, Mapping[str, int]]) -> Node:
-    metadata, spec = manifest["metadata"], manifest.get("spec") or {}
-    name = metadata["name"]
+def read_node(manifest: Manifest, used: Mapping[str, int]) -> Node:
+    """The node of ``manifest``, of which pods take ``used``."""
+    metadata, spec, status = manifest["metadata"], manifest.get("spec") or {}, manifest.get("status") or {}
     taints = [Taint(item["key"], item.get("value") or "", item["effect"]) for item in spec.get("taints") or []]
     if spec.get("unschedulable") and not any(taint.key == UNSCHEDULABLE for taint in taints):
         taints.append(Taint(UNSCHEDULABLE, "", "NoSchedule"))
-    used = taken.get(name, {})
-    offered = {
-        key: amount(key, value) for key, value in ((manifest.get("status") or {}).get("allocatable") or {}).items()
-    }
+    offered = {key: amount(key, value) for key, value in (status.get("allocatable") or {}).items()}
     ports = {key: 1 - count for key, count in used.items() if key.startswith(PORT_PREFIX)}
+    dead = any(item["type"] == "Ready" and item["status"] != "True" for item in status.get("conditions") or [])
     return Node(
-        name=name,
+        name=metadata["name"],
         labels=metadata.get("labels") or {},
         free={**{key: value - used.get(key, 0) for key, value in offered.items()}, **ports},
         taints=tuple(taints),
         leaving="deletionTimestamp" in metadata,
+        avoided="not ready" if dead else "",
     )

@@ -12,11 +12,13 @@ from pipelinejob_operator.build.names import (
     ATTEMPT_LABEL,
     GATE,
     MEMBERSHIP_ANNOTATION,
+    OPENED_ANNOTATION,
     PIPELINE_LABEL,
     PIPELINES_LABEL,
     STAGE_LABEL,
     STAGES_LABEL,
 )
+from pipelinejob_operator.build.opening import Opened
 from pipelinejob_operator.build.place import Place, Shape
 from pipelinejob_worker.protocol import WORKER_CONTAINER, ExitCode, Progress, Termination
 
@@ -94,6 +96,10 @@ class StagePod:
     held: tuple[str, ...] = ()
     """Scheduling gates of others that are still closed."""
     finalizers: tuple[str, ...] = ()
+    opened: Opened | None = None
+    """What was noted when the gate was opened; None while it is closed, and for a pod of an earlier operator."""
+    nominated: str = ""
+    """The node that kube-scheduler clears for it by preemption."""
     membership: str | None = None
     """The annotation; None where the pod lacks it."""
     gone_by: datetime | None = None
@@ -146,6 +152,8 @@ class StagePod:
             gate=gates.index(GATE) if GATE in gates else None,
             held=tuple(gate for gate in gates if gate != GATE),
             finalizers=tuple(meta.get("finalizers", ())),
+            opened=Opened.read(meta.get("annotations", {}).get(OPENED_ANNOTATION)),
+            nominated=status.get("nominatedNodeName", ""),
             membership=meta.get("annotations", {}).get(MEMBERSHIP_ANNOTATION),
             gone_by=parse_time(meta.get("deletionTimestamp")),
             disruption=disruption.get("reason", "") if disruption.get("status") == "True" else "",

@@ -81,6 +81,30 @@ class Reason(_Meaningful):
         "Unschedulable",
         "kube-scheduler finds no node for a stage. The message holds its words; free or add capacity, or ask for less.",
     )
+    NO_PLAN = (
+        "NoPlanFits",
+        "The stages do not all fit at once. The message says what is missing and where it came closest; free or add "
+        "that, or ask for less. No stage holds a node meanwhile.",
+    )
+    WAITING_FOR_TURN = (
+        "WaitingForTurn",
+        "What is free is reserved for a job with a higher priority, or one that waits longer for more; the message "
+        "names it.",
+    )
+    PROVISIONING = (
+        "Provisioning",
+        "No plan fits, so the stages wait unplanned for an autoscaler's nodes; they are taken back after "
+        "spec.placement.provisionTimeoutSeconds.",
+    )
+    REPLANNING = (
+        "Replanning",
+        "A stage did not get the node that was planned for it; all are taken back and planned anew, for now without "
+        "that node. The message says why.",
+    )
+    UNFIT_LEVELS = (
+        "UnfitTopologyLevels",
+        "No node has a label that spec.placement names as a level. The message has the levels that there are.",
+    )
     VOLUME_CLAIM_NOT_FOUND = (
         "VolumeClaimNotFound",
         "The claim of spec.checkpoint.volumeClaimName does not exist. Create it; the job looks again by itself.",

@@ -10,10 +10,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from pipelinejob_operator.build.names import JOB_LABEL, MEMBERSHIP_ANNOTATION
+from pipelinejob_operator.build.names import (
+    JOB_LABEL,
+    MANAGED_BY,
+    MANAGED_BY_LABEL,
+    MEMBERSHIP_ANNOTATION,
+    OPENED_ANNOTATION,
+)
 
 Manifest = dict[str, Any]
 K = TypeVar("K")
+
+KEPT_ANNOTATIONS = (MEMBERSHIP_ANNOTATION, OPENED_ANNOTATION)
 
 REMEMBERED_DELETIONS = 20_000
 """Deleted UIDs that are remembered; a page of a re-list can be that much older than the watch."""
@@ -139,6 +147,12 @@ class Cache:
         return True
 
 
+def is_ours(manifest: Manifest) -> bool:
+    """Whether the operator made this pod."""
+    labels = manifest["metadata"].get("labels") or {}
+    return labels.get(MANAGED_BY_LABEL) == MANAGED_BY and JOB_LABEL in labels
+
+
 def pod_key(manifest: Manifest) -> Key:
     """Key of the job whose name a pod carries."""
     meta = manifest["metadata"]
@@ -158,12 +172,13 @@ def trim(pod: Manifest) -> Manifest:
         "deletionTimestamp",
         "finalizers",
     )
-    annotations = {key: value for key, value in meta.get("annotations", {}).items() if key == MEMBERSHIP_ANNOTATION}
+    annotations = {key: value for key, value in meta.get("annotations", {}).items() if key in KEPT_ANNOTATIONS}
     facts = (
         "phase",
         "reason",
         "message",
         "podIP",
+        "nominatedNodeName",
         "conditions",
         "containerStatuses",
         "initContainerStatuses",

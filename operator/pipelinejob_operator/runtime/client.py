@@ -34,10 +34,12 @@ JOBS = Resource(f"/apis/{API_VERSION}", PLURAL)
 PODS = Resource("/api/v1", "pods")
 SERVICES = Resource("/api/v1", "services")
 CLAIMS = Resource("/api/v1", "persistentvolumeclaims")
+VOLUMES = Resource("/api/v1", "persistentvolumes")
 NODES = Resource("/api/v1", "nodes")
 EVENTS = Resource("/api/v1", "events")
 DEPLOYMENTS = Resource("/apis/apps/v1", "deployments")
 NETWORK_POLICIES = Resource("/apis/networking.k8s.io/v1", "networkpolicies")
+DEVICE_CLASSES = Resource("/apis/resource.k8s.io/v1", "deviceclasses")
 LEASES = Resource("/apis/coordination.k8s.io/v1", "leases")
 
 

@@ -9,8 +9,9 @@ import structlog
 
 from pipelinejob_operator.build.names import MANAGED_BY, MANAGED_BY_LABEL
 from pipelinejob_operator.runtime import metrics
-from pipelinejob_operator.runtime.cache import Cache, Key, Manifest
-from pipelinejob_operator.runtime.client import JOBS, PODS, ApiError, Kubernetes, Resource
+from pipelinejob_operator.runtime.cache import Cache, Key, Manifest, is_ours
+from pipelinejob_operator.runtime.client import JOBS, NODES, PODS, ApiError, Kubernetes, Resource
+from pipelinejob_operator.runtime.inventory import Inventory
 
 JITTER = 0.1
 RETRY_SECONDS = 2.0
@@ -26,13 +27,15 @@ class Relist:
         self,
         kubernetes: Kubernetes,
         cache: Cache,
+        inventory: Inventory | None,
         *,
         namespace: str,
         seconds: float,
         clock: Callable[[], float],
         wake: Callable[[Key], None],
     ) -> None:
-        self._kubernetes, self._cache, self._namespace = kubernetes, cache, namespace
+        self._kubernetes, self._cache, self._inventory = kubernetes, cache, inventory
+        self._namespace = namespace
         self._seconds, self._clock, self._wake = seconds, clock, wake
         self.last_success: float | None = None
         self.synced = asyncio.Event()
@@ -51,7 +54,7 @@ class Relist:
     async def _once(self) -> None:
         first = not self.synced.is_set()
         jobs, jobs_version = await self._list(JOBS)
-        pods, pods_version = await self._list(PODS, POD_SELECTOR)
+        pods, pods_version = await self._pods(self._inventory)
         changed, job_drift = self._cache.replace_jobs(jobs, jobs_version)
         of_pods, pod_drift = self._cache.replace_pods(pods, pods_version)
         for kind, drift in (("job", job_drift), ("pod", pod_drift)):
@@ -63,6 +66,26 @@ class Relist:
         self.synced.set()
         for key in changed | of_pods | {key for key, _ in self._cache.jobs()}:
             self._wake(key)
+
+    async def _pods(self, inventory: Inventory | None) -> tuple[list[Manifest], int]:
+        """List the jobs' pods; with an inventory all pods and nodes, of which only a page at a time is held."""
+        if inventory is None:
+            return await self._list(PODS, POD_SELECTOR)
+        nodes, version = await self._list(NODES)
+        for node in nodes:
+            inventory.put_node(node)
+        ghosts = inventory.keep_nodes({node["metadata"]["uid"] for node in nodes}, version)
+        ours: list[Manifest] = []
+        uids: set[str] = set()
+        async for items, version in self._kubernetes.pages(PODS, self._namespace):  # noqa: B007
+            for pod in items:
+                inventory.put_pod(pod)
+                uids.add(pod["metadata"]["uid"])
+            ours += [pod for pod in items if is_ours(pod)]
+        ghosts += inventory.keep_pods(uids, version)
+        if ghosts and self.synced.is_set():
+            metrics.DRIFT.labels("inventory", "ghost").inc(ghosts)
+        return ours, version
 
     async def _list(self, resource: Resource, labels: str = "") -> tuple[list[Manifest], int]:
         found: list[Manifest] = []

@@ -8,8 +8,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from pipelinejob_operator.build.installation import Installation
 
-DEFAULT_LEVELS = "topology.kubernetes.io/zone,kubernetes.io/hostname"
-
 
 def _split(text: object) -> object:
     return tuple(part.strip() for part in text.split(",") if part.strip()) if isinstance(text, str) else text
@@ -27,9 +25,9 @@ class Settings(BaseModel):
     watch_namespace: str = Field("", alias="PIPELINEJOB_WATCH_NAMESPACE")
     """Empty: all namespaces."""
     topology_levels: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
-        DEFAULT_LEVELS, alias="PIPELINEJOB_TOPOLOGY_LEVELS", validate_default=True
+        (), alias="PIPELINEJOB_TOPOLOGY_LEVELS"
     )
-    """Node labels from the widest domain to the narrowest."""
+    """Node labels from the widest domain to the narrowest; empty: those that are found on the nodes."""
     schedulers: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
         "", alias="PIPELINEJOB_SCHEDULERS", validate_default=True
     )

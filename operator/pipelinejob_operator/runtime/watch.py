@@ -12,7 +12,8 @@ import kopf
 
 from pipelinejob_operator.api.v1alpha1 import GROUP, PLURAL, VERSION
 from pipelinejob_operator.build.names import MANAGED_BY, MANAGED_BY_LABEL
-from pipelinejob_operator.runtime.cache import Cache, Key, pod_key
+from pipelinejob_operator.runtime.cache import Cache, Key, is_ours, pod_key
+from pipelinejob_operator.runtime.inventory import Inventory
 
 CHUNK = 500
 CONNECT_SECONDS = 10.0
@@ -31,8 +32,8 @@ class Backoffs:
         return itertools.chain((0.2, 0.5, 1.0, 2.0), itertools.repeat(3.0))
 
 
-def settings() -> kopf.OperatorSettings:
-    """Settings under which kopf only watches."""
+def settings(*, all_pods: bool) -> kopf.OperatorSettings:
+    """Settings under which kopf only watches; other pods than ours only with ``all_pods``."""
     made = kopf.OperatorSettings()
     made.scanning.disabled = True  # no rights on CRDs and namespaces needed
     made.posting.enabled = False
@@ -41,12 +42,13 @@ def settings() -> kopf.OperatorSettings:
     made.networking.request_timeout = REQUEST_SECONDS
     made.networking.connect_timeout = CONNECT_SECONDS
     made.watching.chunk_size = CHUNK
-    made.watching.label_selectors["v1", "pods"] = f"{MANAGED_BY_LABEL}={MANAGED_BY}"
+    if not all_pods:
+        made.watching.label_selectors["v1", "pods"] = f"{MANAGED_BY_LABEL}={MANAGED_BY}"
     return made
 
 
-def registry(cache: Cache, wake: Callable[[Key], None]) -> kopf.OperatorRegistry:
-    """Handlers that keep the cache current and wake the jobs concerned."""
+def registry(cache: Cache, inventory: Inventory | None, wake: Callable[[Key], None]) -> kopf.OperatorRegistry:
+    """Handlers that keep the cache and the inventory current and wake the jobs concerned."""
     made = kopf.OperatorRegistry()
     kopf.on.login(registry=made)(kopf.login_via_client)
 
@@ -62,20 +64,40 @@ def registry(cache: Cache, wake: Callable[[Key], None]) -> kopf.OperatorRegistry
     @kopf.on.event("v1", "pods", registry=made)
     async def pod_event(*, event: kopf.RawEvent, **_: Any) -> None:
         manifest: dict[str, Any] = dict(event["object"])
-        meta, key = manifest["metadata"], pod_key(manifest)
-        deleted = event["type"] == "DELETED"
+        meta, deleted = manifest["metadata"], event["type"] == "DELETED"
+        if inventory is not None:
+            if deleted:
+                inventory.drop_pod(meta["uid"])
+            else:
+                inventory.put_pod(manifest)
+        if not is_ours(manifest):
+            return
+        key = pod_key(manifest)
         changed = cache.drop_pod(key, meta["name"], meta["uid"]) if deleted else cache.put_pod(manifest)
         if changed:
             wake(key)
 
+    if inventory is not None:
+
+        @kopf.on.event("v1", "nodes", registry=made)
+        async def node_event(*, event: kopf.RawEvent, **_: Any) -> None:
+            manifest: dict[str, Any] = dict(event["object"])
+            if event["type"] == "DELETED":
+                inventory.drop_node(manifest["metadata"]["name"], manifest["metadata"]["uid"])
+            else:
+                inventory.put_node(manifest)
+
     return made
 
 
-async def watch(cache: Cache, wake: Callable[[Key], None], namespace: str) -> None:
-    """Watch jobs and pods, in one namespace or in all (empty), until a signal, which kopf handles."""
+async def watch(cache: Cache, inventory: Inventory | None, wake: Callable[[Key], None], namespace: str) -> None:
+    """Watch jobs and their pods, in one namespace or in all (empty), until a signal, which kopf handles.
+
+    With an ``inventory`` also all other pods, and nodes.
+    """
     await kopf.operator(
-        registry=registry(cache, wake),
-        settings=settings(),
+        registry=registry(cache, inventory, wake),
+        settings=settings(all_pods=inventory is not None),
         standalone=True,
         clusterwide=not namespace,
         namespaces=[namespace] if namespace else (),

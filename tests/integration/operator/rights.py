@@ -27,8 +27,13 @@ POD_GROUPS = [
     for group in ("scheduling.k8s.io", "scheduling.volcano.sh", "scheduling.x-k8s.io")
 ]
 """For the schedulers that want a PodGroup, where the chart names them."""
-CLUSTER_WIDE = [*NAMESPACED, _rule("", "nodes", "get")]
-"""Reading nodes tells a dead one from a slow one; everything works without, only later."""
+CLUSTER_WIDE = [
+    *NAMESPACED,
+    _rule("", "nodes", "get", "list", "watch"),
+    _rule("", "persistentvolumes", "get"),
+    _rule("resource.k8s.io", "deviceclasses", "list"),
+]
+"""To plan, and to tell a dead node from a slow one; without, kube-scheduler places, and losses show later."""
 
 GROUP = "rbac.authorization.k8s.io"
 

@@ -20,6 +20,13 @@ JOB_RIGHTS = {
 }
 """What the operator needs where it runs jobs."""
 
+PLANNING_RIGHTS = {
+    "nodes": {"get", "list", "watch"},
+    "persistentvolumes": {"get"},
+    "deviceclasses.resource.k8s.io": {"list"},
+}
+"""What it needs besides to plan where they run."""
+
 BINDINGS = ("RoleBinding", "ClusterRoleBinding")
 
 
@@ -47,10 +54,10 @@ def bound(objects: list[Object]) -> dict[tuple[str, str], Object]:
     return found
 
 
-def test_cluster_wide_it_may_run_jobs_everywhere_and_read_nodes() -> None:
+def test_cluster_wide_it_may_run_jobs_everywhere_and_read_what_plans_are_made_from() -> None:
     roles = bound(render())
     assert set(roles) == {("ClusterRole", ""), ("Role", NAMESPACE)}
-    assert rights(roles["ClusterRole", ""]) == JOB_RIGHTS | {"nodes": {"get"}}
+    assert rights(roles["ClusterRole", ""]) == JOB_RIGHTS | PLANNING_RIGHTS
 
 
 def test_for_one_namespace_its_rights_end_there() -> None:

@@ -20,7 +20,7 @@ class TestSettings:
     def test_the_image_is_enough(self) -> None:
         made = Settings.read({"PIPELINEJOB_WORKER_IMAGE": "worker:1"})
         assert made.watch_namespace == ""
-        assert made.topology_levels == ("topology.kubernetes.io/zone", "kubernetes.io/hostname")
+        assert made.topology_levels == ()
         assert (made.http_port, made.relist_seconds) == (8080, 300)
 
     def test_levels_are_a_list_with_commas(self) -> None:

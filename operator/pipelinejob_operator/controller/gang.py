@@ -102,16 +102,22 @@ def placed(gang: Gang, job: Job, seen: Observed) -> Told:
         return "True", Reason.PLACED, f"all {size} stages have a node{_how(job, pods, seen)}"
     if seen.unplaced:
         return "False", seen.unplaced.reason, seen.unplaced.message + _tied(seen.claim, size)
+    return "False", *_scheduling(job, pods, seen)
+
+
+def _scheduling(job: Job, pods: Sequence[StagePod], seen: Observed) -> tuple[Reason, str]:
+    """What gated pods that were let go, or may be, wait for."""
+    size = job.shape.size
     have = f"{sum(pod.scheduled for pod in pods)} of {size} stages have a node"
     if any(pod.opened and pod.opened.why == PROVISION for pod in pods):
         limit = job.spec.placement.provision_timeout_seconds
-        return "False", Reason.PROVISIONING, f"{have}; the others wait for nodes to be provisioned, at most {limit} s"
+        return Reason.PROVISIONING, f"{have}; the others wait for nodes to be provisioned, at most {limit} s"
     if stuck := [pod for pod in pods if pod.unschedulable]:
         message = f"{len(stuck)} of {size} stages find no node; {stuck[0].place}: {stuck[0].unschedulable}"
-        return "False", Reason.UNSCHEDULABLE, message + _tied(seen.claim, size)
+        return Reason.UNSCHEDULABLE, message + _tied(seen.claim, size)
     if held := [pod for pod in pods if pod.held and not pod.scheduled]:
-        return "False", Reason.HELD, f"{len(held)} of {size} stages wait behind the scheduling gate {held[0].held[0]}"
-    return "False", Reason.SCHEDULING, have
+        return Reason.HELD, f"{len(held)} of {size} stages wait behind the scheduling gate {held[0].held[0]}"
+    return Reason.SCHEDULING, have
 
 
 def _how(job: Job, pods: Sequence[StagePod], seen: Observed) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from kubernetes.aio import client, config
 
 from pipelinejob_operator.build.names import JOB_LABEL
+from pipelinejob_operator.placement.pods import node_of
 from pipelinejob_operator.policy.facts import StagePod
 from pipelinejob_operator.runtime.client import JOBS, PODS, ApiError, Kubernetes, Resource
 from tests.cluster.control_plane import free_port
@@ -171,7 +172,7 @@ def running(operator: Operator) -> Iterator[Operator]:
 
 
 class Kubelet:
-    """Scheduler and kubelet of a namespace: binds ungated pods, runs bound ones, buries deleted ones."""
+    """Scheduler and kubelet of a namespace: binds ungated pods where they are pinned, runs bound, buries deleted ones."""
 
     def __init__(self, api: Api, namespace: str) -> None:
         self._api, self._namespace = api, namespace
@@ -198,7 +199,7 @@ class Kubelet:
                     "apiVersion": "v1",
                     "kind": "Binding",
                     "metadata": {"name": name},
-                    "target": {"apiVersion": "v1", "kind": "Node", "name": f"node-{rank}"},
+                    "target": {"apiVersion": "v1", "kind": "Node", "name": node_of(pod) or f"node-{rank}"},
                 }
                 await self._api.post(f"/api/v1/namespaces/{self._namespace}/pods/{name}/binding", binding)
         elif status.get("phase") == "Pending" and self.starts:

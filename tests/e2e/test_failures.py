@@ -82,7 +82,7 @@ def test_a_claim_of_one_node_keeps_the_stages_on_it_or_says_why_not(namespace: k
     namespace.claim("state", "ReadWriteOnce")
     gpus = min(int(n["status"]["allocatable"].get("nvidia.com/gpu", "0")) for n in kit.get("nodes")["items"])
     run = kit.Job(namespace, "once", kit.spec(gpus + 1, 5, checkpoint={"volumeClaimName": "state"})).create()
-    seen = run.wait("Placed", "False", "Unschedulable")
+    seen = run.wait("Placed", "False", "NoPlanFits")
     assert "ReadWriteOnce" in seen["message"]
     assert "ReadWriteMany" in seen["message"]
     run.patch(stages=gpus)

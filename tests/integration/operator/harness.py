@@ -172,7 +172,7 @@ def running(operator: Operator) -> Iterator[Operator]:
 
 
 class Kubelet:
-    """Scheduler and kubelet of a namespace: binds open pods where they are pinned, runs bound ones, buries deleted ones."""
+    """Scheduler and kubelet of a namespace: binds open pods where they are pinned, runs them, buries deleted ones."""
 
     def __init__(self, api: Api, namespace: str) -> None:
         self._api, self._namespace = api, namespace

@@ -42,7 +42,6 @@ class _Work:
 class Job:
     """One request that is being answered. ``arrival``: time of the monotonic clock."""
 
-    request: web.Request
     envelope: Envelope
     arrival: float
     changed: asyncio.Event
@@ -63,10 +62,10 @@ class Answering:
         self._metrics = metrics
         self._limits = limits
 
-    def begin(self, request: web.Request, envelope: Envelope, choices: list[Choice], arrival: float) -> Job:
+    def begin(self, envelope: Envelope, choices: list[Choice], arrival: float) -> Job:
         """Accept the choices. Raises ApiError when that is too much at present. The caller calls ``end``."""
         now = asyncio.get_running_loop().time()
-        job = Job(request, envelope, arrival, asyncio.Event())
+        job = Job(envelope, arrival, asyncio.Event())
         for index, choice in enumerate(choices):
             generation = Generation(
                 name=f"{envelope.identity}-{index}",
@@ -99,8 +98,8 @@ class Answering:
         if any(work.transcript.finished for work in job.works):
             self._metrics.request_latency.observe(time.monotonic() - job.arrival)
 
-    async def whole(self, job: Job) -> web.StreamResponse:
-        """Answer with all choices at once. Raises ApiError, and ConnectionError when the client is gone."""
+    async def answer(self, job: Job) -> Object:
+        """Return the answer with all choices, once it is whole. Raises ApiError."""
         pieces: list[list[Piece]] = [[] for _ in job.works]
         async for index, piece in self._pieces(job):
             pieces[index].append(piece)
@@ -109,37 +108,41 @@ class Answering:
             shape.whole(index, work.echo, joined(found))
             for index, (work, found) in enumerate(zip(job.works, pieces, strict=True))
         ]
-        response = web.json_response(body=_json(job.envelope.whole(choices, job.usage())))
-        await self._read_by_client(job, response.prepare(job.request))
-        await self._read_by_client(job, response.write_eof())
+        return job.envelope.whole(choices, job.usage())
+
+    async def whole(self, job: Job, request: web.Request) -> web.StreamResponse:
+        """Answer with all choices at once. Raises ApiError, and ConnectionError when the client is gone."""
+        response = web.json_response(body=_json(await self.answer(job)))
+        await self._read_by_client(request, response.prepare(request))
+        await self._read_by_client(request, response.write_eof())
         return response
 
-    async def stream(self, job: Job, with_usage: bool) -> web.StreamResponse:
+    async def stream(self, job: Job, request: web.Request, with_usage: bool) -> web.StreamResponse:
         """Answer with an event for each piece. Raises as ``whole`` before the first; later errors are events."""
         response = web.StreamResponse(headers=_STREAM_HEADERS)
         try:
             async for index, piece in self._pieces(job):
                 if not response.prepared:
-                    await self._open(job, response, with_usage)
+                    await self._open(job, request, response, with_usage)
                 delta = job.envelope.shape.delta(index, piece)
-                await self._send(job, response, job.envelope.chunk([delta], None, with_usage))
+                await self._send(request, response, job.envelope.chunk([delta], None, with_usage))
         except ApiError as error:
             if not response.prepared:
                 raise
-            job.request[ACCOUNT].outcome = error.code
-            await self._send(job, response, error.body())
+            request[ACCOUNT].outcome = error.code
+            await self._send(request, response, error.body())
         else:
             if with_usage:
-                await self._send(job, response, job.envelope.chunk([], job.usage(), with_usage))
-            await self._read_by_client(job, response.write(b"data: [DONE]\n\n"))
-        await self._read_by_client(job, response.write_eof())
+                await self._send(request, response, job.envelope.chunk([], job.usage(), with_usage))
+            await self._read_by_client(request, response.write(b"data: [DONE]\n\n"))
+        await self._read_by_client(request, response.write_eof())
         return response
 
-    async def _open(self, job: Job, response: web.StreamResponse, with_usage: bool) -> None:
-        await self._read_by_client(job, response.prepare(job.request))
+    async def _open(self, job: Job, request: web.Request, response: web.StreamResponse, with_usage: bool) -> None:
+        await self._read_by_client(request, response.prepare(request))
         for index, work in enumerate(job.works):
             if (opening := job.envelope.shape.opening(index, work.echo)) is not None:
-                await self._send(job, response, job.envelope.chunk([opening], None, with_usage))
+                await self._send(request, response, job.envelope.chunk([opening], None, with_usage))
 
     async def _pieces(self, job: Job) -> AsyncIterator[tuple[int, Piece]]:
         """Yield the pieces of all choices as they come; those that came while the client did not read, as one."""
@@ -167,17 +170,17 @@ class Answering:
                 self._metrics.time_to_first_token.observe(work.first_token - job.arrival)
         return piece
 
-    async def _send(self, job: Job, response: web.StreamResponse, event: Object) -> None:
-        await self._read_by_client(job, response.write(b"data: " + _json(event) + b"\n\n"))
+    async def _send(self, request: web.Request, response: web.StreamResponse, event: Object) -> None:
+        await self._read_by_client(request, response.write(b"data: " + _json(event) + b"\n\n"))
 
-    async def _read_by_client(self, job: Job, writing: Awaitable[object]) -> None:
+    async def _read_by_client(self, request: web.Request, writing: Awaitable[object]) -> None:
         """Wait until the client has taken what is written; leave one that does not read."""
         try:
             async with asyncio.timeout(self._limits.stall_seconds):
                 await writing
         except TimeoutError:
-            if job.request.transport is not None:
-                job.request.transport.abort()
+            if request.transport is not None:
+                request.transport.abort()
             raise ConnectionResetError("the client does not read") from None
 
 

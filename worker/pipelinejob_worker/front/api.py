@@ -112,12 +112,12 @@ class Api:
             choices, shape = await work(plan, body, bounds)
         envelope = Envelope(shape, uuid.uuid4().hex, self._settings.model, int(time.time()))
         request[ACCOUNT].answer = envelope.identity
-        job = self._answering.begin(request, envelope, choices, arrival)
+        job = self._answering.begin(envelope, choices, arrival)
         try:
             if body.stream:
                 options = body.stream_options
-                return await self._answering.stream(job, options is not None and options.include_usage)
-            return await self._answering.whole(job)
+                return await self._answering.stream(job, request, options is not None and options.include_usage)
+            return await self._answering.whole(job, request)
         finally:
             self._answering.end(job)
             request[ACCOUNT].usage = job.usage()

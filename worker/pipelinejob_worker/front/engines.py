@@ -31,6 +31,13 @@ async def run(engines_file: Path, dispatcher: Dispatcher, limits: Limits) -> Non
         await _follow(engines_file, dispatcher, limits, group)
 
 
+async def follow(engine: Address, dispatcher: Dispatcher, limits: Limits) -> None:
+    """Do the same with the one engine of one pipeline."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_tick(dispatcher))
+        group.create_task(_keep(0, engine, dispatcher, limits))
+
+
 def addresses(content: str) -> dict[int, Address]:
     """Read the file of engines: line k names the engine of pipeline k; an empty line is a pipeline without one.
 

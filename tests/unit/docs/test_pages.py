@@ -23,6 +23,7 @@ from pipelinejob_worker.protocol import (
     ExitCode,
     Membership,
     Progress,
+    Serving,
     StageTiming,
 )
 from tests.unit.docs.pages import DOCS, ROOT, anchors, links, pages, table
@@ -79,7 +80,7 @@ def test_every_metric_of_the_operator_is_explained() -> None:
 def test_every_metric_of_a_stage_is_explained() -> None:
     shares = {name: 1 for name, field in StageTiming.model_fields.items() if field.annotation == int | None}
     numbers = {name: 1 for name, field in Progress.model_fields.items() if field.annotation == float | None}
-    progress = Progress(**numbers, stages=[StageTiming(stage=0, busy_percent=1, **shares)])
+    progress = Progress(**numbers, stages=[StageTiming(stage=0, busy_percent=1, **shares)], serving=Serving())
     told = agent_metrics(AgentStatus(job_uid="1", stage=0, epoch=1, state="Running", progress=progress))
     served = re.findall(r"^# TYPE (\w+) (\w+)$", told, re.MULTILINE)
     assert [(name, kind) for name, kind, _, _ in table(METRICS, "Stages")] == served

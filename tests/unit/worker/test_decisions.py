@@ -9,7 +9,7 @@ from pipelinejob_worker.agent.pod_info import newer_membership
 from pipelinejob_worker.agent.settings import from_environment
 from pipelinejob_worker.agent.status_server import metrics
 from pipelinejob_worker.errors import ConfigurationError
-from pipelinejob_worker.protocol import AgentStatus, ExitCode, Membership, Progress, StageTiming, Termination
+from pipelinejob_worker.protocol import AgentStatus, ExitCode, Membership, Progress, Serving, StageTiming, Termination
 
 
 def text(epoch: int, **members: object) -> str:
@@ -49,6 +49,8 @@ def test_progress_decides_whether_exit_code_0_is_success() -> None:
     assert of_worker(0, None, Progress(step=12, total_steps=12)).code == ExitCode.SUCCEEDED
     assert of_worker(0, None, Progress(step=11, total_steps=12)).code == 1
     assert of_worker(0, None, Progress()).code == 1
+    assert of_worker(0, None, Progress(serving=Serving())).code == ExitCode.SUCCEEDED, "only stage 0 knows a file"
+    assert of_worker(0, None, Progress(step=11, total_steps=12, serving=Serving())).code == 1
 
 
 def test_the_termination_message_fits_and_keeps_the_newest_lines() -> None:
@@ -101,6 +103,20 @@ def test_metrics_have_base_units_and_the_times_of_the_own_stage() -> None:
     }.items():
         assert f'pipelinejob_stage_{name}{{stage="1"}} {value}' in lines
     assert not [line for line in lines if "forward" in line], "a worker of protocol 2 does not tell it"
+
+
+def test_the_metrics_of_a_stage_that_serves_have_the_usual_names() -> None:
+    serving = Serving(requests_per_second=2.5, queued=3, running=4, cache_percent=25, preemptions=1)
+    status = AgentStatus(job_uid="u", stage=0, epoch=3, state="Running", progress=Progress(serving=serving))
+    lines = metrics(status).splitlines()
+    for name, value in {
+        "requests_per_second": 2.5,
+        "requests_waiting": 3,
+        "requests_running": 4,
+        "kv_cache_usage_ratio": 0.25,
+        "preemptions": 1,
+    }.items():
+        assert f'pipelinejob_stage_{name}{{stage="0"}} {value}' in lines
 
 
 def test_metrics_leave_out_what_is_not_known() -> None:

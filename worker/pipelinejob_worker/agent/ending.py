@@ -38,13 +38,15 @@ def of_worker(code: int, failure: Failed | None, progress: Progress) -> Ending:
         return Ending(code, "Drained", f"stopped after step {progress.step} as asked")
     if code != ExitCode.SUCCEEDED:
         return Ending(code, "Error", f"the worker process exited with code {code}")
-    if progress.total_steps == 0 or progress.step < progress.total_steps:
+    untold = progress.total_steps == 0 and progress.serving is None  # of a file only stage 0 knows the length
+    if untold or progress.step < progress.total_steps:
         return Ending(
             1,
             "Error",
             f"the worker process exited with code 0 after step {progress.step} of {progress.total_steps}",
         )
-    return Ending(code, "Succeeded", f"all {progress.total_steps} steps are done")
+    done = f"all {progress.total_steps} steps are done" if progress.total_steps else "all is done"
+    return Ending(code, "Succeeded", done)
 
 
 def termination(stage: int, ending: Ending, progress: Progress, tail: Sequence[str]) -> bytes:

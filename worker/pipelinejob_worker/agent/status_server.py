@@ -7,7 +7,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from pipelinejob_worker.protocol import AgentStatus, StageTiming
+from pipelinejob_worker.protocol import AgentStatus, Serving, StageTiming
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -65,7 +65,12 @@ def metrics(status: AgentStatus) -> str:
     """Render a status in the text format of Prometheus; what is not known yet is left out."""
     own = next((timing for timing in status.progress.stages if timing.stage == status.stage), None)
     lines = []
-    for name, explanation, value in [*_gauges(status), *(_times(own) if own else ())]:
+    serving = status.progress.serving
+    for name, explanation, value in [
+        *_gauges(status),
+        *(_times(own) if own else ()),
+        *(_requests(serving) if serving else ()),
+    ]:
         if value is not None:
             lines += [
                 f"# HELP pipelinejob_stage_{name} {explanation}",
@@ -96,6 +101,18 @@ def _gauges(status: AgentStatus) -> list[_Gauge]:
         ("bubble_ratio", "Idle share of all stages.", _ratio(progress.bubble_percent)),
         ("bubble_limit_ratio", "Idle share that the schedule allows.", _ratio(progress.bubble_limit_percent)),
         ("bubble_predicted_ratio", "Idle share that was promised.", _ratio(progress.bubble_predicted_percent)),
+    ]
+
+
+def _requests(serving: Serving) -> list[_Gauge]:
+    """What stage 0 of a pipeline that serves knows of its requests."""
+    return [
+        ("requests_per_second", "Requests that got all their tokens in a second.", serving.requests_per_second),
+        ("requests_running", "Requests with cache.", serving.running),
+        ("requests_waiting", "Accepted requests without cache.", serving.queued),
+        ("kv_cache_usage_ratio", "Used share of the key-value cache.", _ratio(serving.cache_percent)),
+        ("prompt_tokens_per_second", "Tokens of prompts in a second.", serving.prompt_tokens_per_second),
+        ("preemptions", "Requests that lost their cache to others.", serving.preemptions),
     ]
 
 

@@ -11,19 +11,22 @@ import torch
 
 from pipelinejob_worker.serve.batch import Batch, Drawn
 from pipelinejob_worker.serve.fronts import Arrived, Fronts, Left
-from pipelinejob_worker.serve.hop import Hop, HopError, Passed, Returned
+from pipelinejob_worker.serve.hop import End, Hop, HopError, Passed, Returned
 from pipelinejob_worker.serve.meter import Meter
 from pipelinejob_worker.serve.ring import Ring
 from pipelinejob_worker.serve.sampling import draw
 from pipelinejob_worker.serve.scheduler import Ended, Event, Limits, Refusal, Request, Scheduler
 from pipelinejob_worker.serve.text import Decode, StopWatch
-from pipelinejob_worker.serve.wire import Alternative, Cancel, Finished, Ready, Refused, Submit, Token
+from pipelinejob_worker.serve.wire import Alternative, Cancel, Finished, Ready, Refused, Stats, Submit, Token
 
 TICK_SECONDS = 1.0
 """How often statistics are sent."""
 
 SILENCE_SECONDS = 60.0
 """A batch that takes longer to come back is lost: a stage is stopped, or a network is cut."""
+
+END_SECONDS = 10.0
+"""How long stage 0 waits at the end until the others have heard of it."""
 
 
 class Layers(Protocol):
@@ -45,11 +48,15 @@ class Follower:
         self._busy = 0.0
 
     def run(self) -> None:
-        """Work until a neighbour leaves: raises HopError."""
+        """Work until the end; raises HopError when a neighbour leaves before."""
         while True:
             message = self._before.receive()
             if message.epoch < self._epoch:
                 continue
+            if isinstance(message, End) and message.epoch == self._epoch:
+                if not self._last:  # the last one is heard by its leaving
+                    self._after.send(message)
+                return
             if not isinstance(message, Passed) or message.epoch > self._epoch:
                 raise HopError(f"the stage before sent a message of epoch {message.epoch}; this is {self._epoch}")
             began = time.monotonic()
@@ -77,13 +84,24 @@ class _Broken:
     error: HopError
 
 
-_Message = Arrived | Left | Passed | Returned | _Broken
+_Message = Arrived | Left | Passed | Returned | End | _Broken
 
 
 class Leader:
     """Stage 0: holds the pool of requests, sends batches, takes back tokens."""
 
-    def __init__(self, layers: Layers, ring: Ring, ready: Ready, limits: Limits, decode: Decode | None) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        ring: Ring,
+        ready: Ready,
+        limits: Limits,
+        decode: Decode | None,
+        *,
+        report: Callable[[Stats], None] = lambda _: None,
+    ) -> None:
+        """``report`` is told the statistics, about once a second."""
+        self._report = report
         self._layers = layers
         self._ring = ring
         self._ready = ready
@@ -110,8 +128,23 @@ class Leader:
             if self._ring.before:
                 threading.Thread(target=self._read, args=(self._ring.before,), name="tokens", daemon=True).start()
             self._loop(fronts)
+            self._end()
         finally:
             fronts.close()
+
+    def _end(self) -> None:
+        """Tell the others that this is the end, and wait until they have gone, one after the other."""
+        if not self._ring.after:
+            return
+        self._ring.after.send(End(self._ready.epoch))
+        deadline = time.monotonic() + END_SECONDS
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                if isinstance(self._inbox.get(timeout=left), _Broken):
+                    return
+            except queue.Empty:
+                break
+        raise HopError(f"the other stages have not ended within {END_SECONDS:.0f} s")
 
     def _read(self, before: Hop) -> None:
         """Take tokens off the last stage's hands at any time, so that it never waits to send."""
@@ -128,7 +161,9 @@ class Leader:
             self._answer(self.scheduler.expire(now))
             self._check_silence(now)
             if now >= tick:
-                fronts.broadcast(self._meter.stats(self._ready.epoch, self.scheduler, now))
+                stats = self._meter.stats(self._ready.epoch, self.scheduler, now)
+                fronts.broadcast(stats)
+                self._report(stats)
                 tick = now + TICK_SECONDS
             fronts.send(self._answers)
             self._answers.clear()
@@ -158,8 +193,8 @@ class Leader:
     def _handle(self, message: _Message) -> None:
         if isinstance(message, _Broken):
             raise message.error
-        if isinstance(message, Passed):
-            raise HopError("the last stage sent hidden states; allowed: tokens")
+        if isinstance(message, Passed | End):
+            raise HopError("the last stage sent what is for others; allowed: tokens")
         if isinstance(message, Returned):
             if message.epoch == self._ready.epoch:
                 self._complete(message.number, message.drawn, message.busy)
@@ -236,6 +271,8 @@ class Leader:
         for event in events:
             connection, request_id = event.key
             if isinstance(event, Ended):
+                if event.reason in ("stop", "length"):
+                    self._meter.finished()
                 answer: Token | Finished = Finished(request_id=request_id, reason=event.reason, message=event.message)
             else:
                 answer = self._token(request_id, event.position, event.drawn)

@@ -16,11 +16,11 @@ from pipelinejob_worker.serve.batch import BLOCK, Batch, Drawn, Piece
 from pipelinejob_worker.serve.wire import MAX_TOP_LOGPROBS, Sampling
 
 MAGIC = b"pjs1"
-BATCH, DRAWN = 1, 2
+BATCH, DRAWN, END = 1, 2, 3
 
-_PREFIX = struct.Struct("<4sBBHIQIIII")
+_PREFIX = struct.Struct("<4sBBHQQIIII")
 """Magic, kind, element type, stages with a time, epoch, batch, then: pieces, blocks, rows, row size of a batch; drawn,
-alternatives, 0, 0 of drawn tokens."""
+alternatives, 0, 0 of drawn tokens; zeros of the end."""
 
 _ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
 _PIECE = np.dtype(
@@ -81,6 +81,13 @@ class Returned:
     busy: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class End:
+    """All is done: no more batches come."""
+
+    epoch: int
+
+
 class Hop:
     """One end of a connection between neighbours; one thread sends, one receives."""
 
@@ -89,7 +96,7 @@ class Hop:
         self._bounds = bounds
         tune(connection)
 
-    def send(self, message: Passed | Returned) -> None:
+    def send(self, message: Passed | Returned | End) -> None:
         """Send a message whole. Raises HopError."""
         parts = [memoryview(part) for part in _parts(message) if len(part)]
         try:
@@ -102,7 +109,7 @@ class Hop:
         except OSError as error:
             raise HopError(f"a neighbour cannot be sent to: {error}") from error
 
-    def receive(self) -> Passed | Returned:
+    def receive(self) -> Passed | Returned | End:
         """Wait for the next message. Raises HopError, also when the neighbour has closed the connection."""
         prefix = bytearray(_PREFIX.size)
         self._fill(memoryview(prefix))
@@ -112,9 +119,11 @@ class Hop:
         busy = tuple(self._array(np.dtype("<f8"), stages, self._bounds.stages).tolist())
         if kind == DRAWN:
             return Returned(epoch, number, self._drawn(first, second), busy)
+        if kind == END:
+            return End(epoch)
         if kind != BATCH or element >= len(_ELEMENTS):
             raise HopError(
-                f"a neighbour sent a message of kind {kind}, element type {element}; allowed: 1 or 2, 0 to 2"
+                f"a neighbour sent a message of kind {kind}, element type {element}; allowed: 1 to 3, 0 to 2"
             )
         pieces = self._pieces(first, second)
         if rows > self._bounds.batch_tokens or width != self._bounds.width:
@@ -199,7 +208,9 @@ def tune(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MILLISECONDS)
 
 
-def _parts(message: Passed | Returned) -> list[bytes | memoryview]:
+def _parts(message: Passed | Returned | End) -> list[bytes | memoryview]:
+    if isinstance(message, End):
+        return [_PREFIX.pack(MAGIC, END, 0, 0, message.epoch, 0, 0, 0, 0, 0)]
     busy = np.array(message.busy, "<f8").tobytes()
     stages = len(message.busy)
     if isinstance(message, Returned):

@@ -14,6 +14,7 @@ class Meter:
         self._since = now
         self._computed = 0
         self._emitted = 0
+        self._finished = 0
         self._busy: tuple[float, ...] = ()
         self._busy_before: tuple[float, ...] = ()
         self._rate = 0.0
@@ -26,6 +27,10 @@ class Meter:
         """Count drawn tokens; ``busy``: seconds that each stage has computed in all."""
         self._emitted += drawn
         self._busy = busy
+
+    def finished(self) -> None:
+        """Count a request that has got all its tokens."""
+        self._finished += 1
 
     def stats(self, epoch: int, scheduler: Scheduler, now: float) -> Stats:
         """Return the statistics since the last call, and begin anew."""
@@ -45,9 +50,11 @@ class Meter:
             tokens_per_second=self._emitted / seconds,
             preemptions=scheduler.preemptions,
             bubble_percent=100 * (1 - sum(shares) / len(shares)) if shares else 100.0,
+            requests_per_second=self._finished / seconds,
+            stage_busy_percent=[100 * share for share in shares],
         )
         self._since, self._busy_before = now, self._busy
-        self._computed = self._emitted = 0
+        self._computed = self._emitted = self._finished = 0
         return stats
 
     def seconds_for(self, tokens: int) -> float:

@@ -1,6 +1,6 @@
 """The layers of one stage: from a batch's tokens or hidden states to hidden states or the logits to draw from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -28,12 +28,21 @@ class Stage:
     """Layers ``indices`` of a model, with the keys and values of their attention in blocks."""
 
     def __init__(
-        self, model: LayeredModel, indices: range, device: torch.device, cache_bytes: int, *, deterministic: bool
+        self,
+        model: LayeredModel,
+        indices: range,
+        device: torch.device,
+        cache_bytes: int,
+        *,
+        deterministic: bool,
+        fill: Callable[[Chunk], None] = lambda _: None,
     ) -> None:
         """Load the layers, check that they compute with the cache what they do without, and size the cache.
 
-        Raises ConfigurationError when the model cannot be read or served.
+        ``fill`` replaces the weights of layers, if others than the model's own are to be served. Raises
+        ConfigurationError when the model cannot be read or served.
         """
+        self._fill = fill
         self.deterministic = deterministic
         self.device = device
         self.last = indices.stop == len(model.names)
@@ -66,8 +75,9 @@ class Stage:
             return self._run_head(self._head, rows)
 
     def _build(self, model: LayeredModel, indices: range) -> Chunk:
-        chunk = model.build(indices, seed=0).to(self.device)
-        return chunk.eval().requires_grad_(False)
+        chunk = model.build(indices, seed=0)
+        self._fill(chunk)
+        return chunk.to(self.device).eval().requires_grad_(False)
 
     def _run_body(self, received: torch.Tensor, pieces: Sequence[Piece]) -> torch.Tensor:
         if self._body is None:

@@ -129,6 +129,8 @@ class Stats(Wire):
     tokens_per_second: float = Field(ge=0, description="Emitted ones.")
     preemptions: int = Field(ge=0, description="Since the group was formed.")
     bubble_percent: float = Field(ge=0, le=100, description="Mean share of the time that stages were idle.")
+    requests_per_second: float = Field(0.0, ge=0, description="Requests that got all their tokens.")
+    stage_busy_percent: list[float] = Field([], max_length=512, description="Of each stage, once a batch came back.")
 
 
 ToEngine = Annotated[Submit | Cancel, Field(discriminator="kind")]

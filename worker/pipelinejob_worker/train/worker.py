@@ -10,6 +10,7 @@ from pipelinejob_worker.link import AgentGoneError, AgentLink, Failed
 from pipelinejob_worker.logs import configure
 from pipelinejob_worker.pipeline.group import PeerLostError
 from pipelinejob_worker.protocol import ExitCode
+from pipelinejob_worker.serve.run import Server
 from pipelinejob_worker.train.job import run
 
 log = structlog.get_logger()
@@ -25,6 +26,8 @@ def work(connection: socket.socket) -> int:
         assignment = link.assignment()
         membership = assignment.membership
         configure(job=assignment.config.job, stage=membership.stage, epoch=membership.epoch, process="worker")
+        if assignment.config.mode != "Train":
+            return Server(assignment.config).run(assignment, link)
         return run(assignment, link)
     except AgentGoneError as error:
         log.warning("stopped", error=str(error))

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from pipelinejob_worker.protocol import Preset
 from pipelinejob_worker.protocol.base import Wire
 from pipelinejob_worker.serve.engine import Layers, Leader
 from pipelinejob_worker.serve.hop import HopError
-from pipelinejob_worker.serve.ring import Member
+from pipelinejob_worker.serve.ring import Address, Circle, Departure, Member
+from pipelinejob_worker.serve.ring import form as meet
 from pipelinejob_worker.serve.stage import Stage
 from pipelinejob_worker.serve.text import Decode
 from pipelinejob_worker.serve.wire import TO_FRONT, Cancel, Finished, Ready, Refused, Stats, Submit, Token, to_line
@@ -73,8 +75,8 @@ class Answers:
 class Front:
     """A front's connection to stage 0; checks what the protocol promises."""
 
-    def __init__(self, port: int) -> None:
-        self._connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_SECONDS)
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self._connection = socket.create_connection((host, port), timeout=PATIENCE_SECONDS)
         self._lines = self._connection.makefile("rb")
         self.answers: dict[str, Answers] = {}
         self.stats: list[Stats] = []
@@ -132,6 +134,16 @@ class Front:
         self._connection.close()
 
 
+def members(epoch: int, addresses: Sequence[Address]) -> list[Member]:
+    """The places of the stages that listen at ``addresses``; each knows the next one's only."""
+    nexts = [*addresses[1:], addresses[0]] if len(addresses) > 1 else [None]
+    return [Member(epoch, stage, len(addresses), after) for stage, after in enumerate(nexts)]
+
+
+def meet_neighbours(member: Member, listener: socket.socket, service: Service) -> Circle:
+    return meet(member, listener, repr(service), time.monotonic() + PATIENCE_SECONDS, Departure())
+
+
 @contextmanager
 def threads(
     service: Service, layers: Sequence[Layers], blocks: int, decoder: Decode | None = decode, epoch: int = 1
@@ -143,21 +155,22 @@ def threads(
     failures: list[BaseException] = []
 
     def work(stage: int) -> None:
-        member = Member(epoch, stage, addresses)
         try:
-            serve(
-                service,
-                layers[stage],
-                blocks,
-                member,
-                listeners[stage],
-                front=("127.0.0.1", 0),
-                decode=decoder,
-                started=lambda leader, port: started.put((leader, port)),
-            )
+            circle = meet_neighbours(members(epoch, addresses)[stage], listeners[stage], service)
+            try:
+                serve(
+                    service,
+                    layers[stage],
+                    blocks,
+                    circle,
+                    front=("127.0.0.1", 0),
+                    decode=decoder,
+                    started=lambda leader, port: started.put((leader, port)),
+                )
+            finally:
+                circle.close()
         except HopError as error:
-            if stage == 0:
-                failures.append(error)
+            failures.append(error)
 
     running = [threading.Thread(target=work, args=(stage,)) for stage in range(len(layers))]
     for thread in running:
@@ -201,9 +214,8 @@ class StageProcess:
 
 def form(stages: Sequence[StageProcess], epoch: int) -> int:
     """Make the processes one group; returns the port for fronts."""
-    addresses = tuple(stage.address for stage in stages)
-    for number, stage in enumerate(stages):
-        stage.join(Member(epoch, number, addresses))
+    for stage, member in zip(stages, members(epoch, [stage.address for stage in stages]), strict=True):
+        stage.join(member)
     kinds = [stage.receive() for stage in stages]
     assert [kind for kind, _ in kinds] == ["started"] * len(stages), kinds
     port: int = kinds[0][1]
@@ -221,17 +233,19 @@ def _stage(pipe: Connection, service: Service, build: Callable[[], Layers], bloc
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pipe.send(listener.getsockname())
         while True:
-            member = pipe.recv()
             try:
-                serve(
-                    service,
-                    layers,
-                    blocks,
-                    member,
-                    listener,
-                    front=("127.0.0.1", 0),
-                    decode=decode,
-                    started=lambda _, port: pipe.send(("started", port)),
-                )
+                circle = meet_neighbours(pipe.recv(), listener, service)
+                try:
+                    serve(
+                        service,
+                        layers,
+                        blocks,
+                        circle,
+                        front=("127.0.0.1", 0),
+                        decode=decode,
+                        started=lambda _, port: pipe.send(("started", port)),
+                    )
+                finally:
+                    circle.close()
             except HopError as error:
                 pipe.send(("lost", str(error)))

@@ -1,10 +1,8 @@
 """What goes over a hop comes out the same; what no stage would send ends the connection and nothing else."""
 
-import json
 import socket
 import struct
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,8 +11,7 @@ import torch
 
 from pipelinejob_worker.serve import hop
 from pipelinejob_worker.serve.batch import Batch, Drawn, Piece
-from pipelinejob_worker.serve.hop import Bounds, Hop, HopError, Passed, Returned
-from pipelinejob_worker.serve.ring import Member, Ring, form
+from pipelinejob_worker.serve.hop import Bounds, End, Hop, HopError, Passed, Returned
 from pipelinejob_worker.serve.wire import Sampling
 
 BOUNDS = Bounds(stages=4, batch_tokens=64, width=8, blocks=100)
@@ -103,6 +100,11 @@ def test_a_piece_outside_the_cache_is_refused(
         Hop(ends[1], BOUNDS).receive()
 
 
+def test_the_end_arrives(ends: tuple[socket.socket, socket.socket]) -> None:
+    Hop(ends[0], BOUNDS).send(End(3 << 20))
+    assert Hop(ends[1], BOUNDS).receive() == End(3 << 20)
+
+
 def test_closing_frees_a_thread_that_waits(ends: tuple[socket.socket, socket.socket]) -> None:
     waiting = Hop(ends[1], BOUNDS)
     found: list[HopError] = []
@@ -118,90 +120,3 @@ def test_closing_frees_a_thread_that_waits(ends: tuple[socket.socket, socket.soc
     waiting.close()
     thread.join(10)
     assert len(found) == 1
-
-
-class Meeting:
-    """Stages that form a ring, each in a thread."""
-
-    def __init__(self, stages: int, seconds: float = 20.0) -> None:
-        self.listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(stages)]
-        self.addresses = tuple(listener.getsockname() for listener in self.listeners)
-        self.deadline = time.monotonic() + seconds
-        self.found: dict[int, Ring | HopError] = {}
-
-    def form(
-        self, blocks: list[int], epoch: int = 2, models: dict[int, str] | None = None
-    ) -> dict[int, Ring | HopError]:
-        def meet(stage: int) -> None:
-            member = Member(epoch, stage, self.addresses)
-            bounds, model = replace(BOUNDS, blocks=blocks[stage]), (models or {}).get(stage, "model")
-            try:
-                self.found[stage] = form(member, self.listeners[stage], bounds, model, self.deadline)
-            except HopError as error:
-                self.found[stage] = error
-
-        threads = [threading.Thread(target=meet, args=(stage,)) for stage in range(len(blocks))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return self.found
-
-    def close(self) -> None:
-        for listener in self.listeners:
-            listener.close()
-        for ring in self.found.values():
-            if isinstance(ring, Ring):
-                ring.close()
-
-
-def test_a_ring_forms_and_stage_0_learns_the_smallest_cache() -> None:
-    meeting = Meeting(4)
-    rings = meeting.form([90, 70, 80, 1 << 30])
-    assert isinstance(rings[0], Ring)
-    assert rings[0].blocks == 70
-    for stage in range(4):
-        before, after = rings[stage], rings[(stage + 1) % 4]
-        assert isinstance(before, Ring)
-        assert isinstance(after, Ring)
-        assert before.after
-        assert after.before
-        before.after.send(Returned(2, stage, (), ()))
-        assert after.before.receive() == Returned(2, stage, (), ())
-    meeting.close()
-
-
-def test_one_stage_needs_nobody() -> None:
-    meeting = Meeting(1)
-    assert meeting.form([5]) == {0: Ring(5, None, None)}
-    meeting.close()
-
-
-def test_strangers_and_stages_of_another_epoch_are_passed_over() -> None:
-    meeting = Meeting(2)
-    late = {"epoch": 1, "stage": 0, "blocks": 1, "fingerprint": "model"}
-    strangers = [socket.create_connection(meeting.addresses[1]) for _ in range(4)]
-    for stranger, line in zip(strangers, [json.dumps(late).encode(), b"[]", b"\xff" * 5000], strict=False):
-        stranger.sendall(line + b"\n")
-    strangers[3].close()
-    rings = meeting.form([3, 4])
-    assert [type(ring) for ring in rings.values()] == [Ring, Ring]
-    for stranger in strangers:
-        stranger.close()
-    meeting.close()
-
-
-def test_stages_with_different_models_do_not_form_a_group() -> None:
-    meeting = Meeting(3, seconds=0.5)
-    found = meeting.form([1, 1, 1], models={2: "other"})
-    assert type(found[0]) is HopError  # without it nothing runs
-    assert "stage 1 serves 'model' and stage 2 'other'" in str(found[2])
-    meeting.close()
-
-
-def test_a_stage_that_does_not_come_is_named_by_its_address() -> None:
-    meeting = Meeting(3, seconds=0.3)
-    meeting.listeners[1].close()
-    error = meeting.form([1])[0]
-    assert "127.0.0.1:" in str(error)
-    meeting.close()

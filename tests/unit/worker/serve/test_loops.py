@@ -12,7 +12,7 @@ import torch
 from pipelinejob_worker.serve import engine
 from pipelinejob_worker.serve.batch import Batch, Drawn, Piece
 from pipelinejob_worker.serve.engine import Follower, Leader
-from pipelinejob_worker.serve.hop import Bounds, Hop, HopError, Passed, Returned
+from pipelinejob_worker.serve.hop import Bounds, End, Hop, HopError, Passed, Returned
 from pipelinejob_worker.serve.ring import Ring
 from pipelinejob_worker.serve.scheduler import Limits
 from pipelinejob_worker.serve.wire import Ready, Sampling, Submit
@@ -98,6 +98,19 @@ def test_a_stage_passes_batches_on_in_order_and_drops_those_of_an_older_epoch(be
     assert running.ended() == f"the stage before sent a message of epoch {EPOCH + 1}; this is {EPOCH}"
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_a_stage_hears_of_the_end_and_tells_the_next_one(beside: Beside, last: bool) -> None:
+    running = Running(Follower(Adding(last), beside.ring, EPOCH, last=last).run)
+    beside.before.send(End(EPOCH - 1))
+    beside.before.send(End(EPOCH))
+    assert running.ended() == "None"
+    beside.ring.close()
+    if not last:
+        assert beside.after.receive() == End(EPOCH)
+    with pytest.raises(HopError):
+        beside.after.receive()
+
+
 @pytest.fixture
 def leader(beside: Beside) -> Iterator[tuple[Leader, Running, Front]]:
     leading = Leader(Adding(last=False), beside.ring, READY, LIMITS, None)
@@ -105,7 +118,7 @@ def leader(beside: Beside) -> Iterator[tuple[Leader, Running, Front]]:
     running = Running(leading.run, "127.0.0.1", 0, port.put)
     front = Front(port.get(timeout=PATIENCE_SECONDS))
     yield leading, running, front
-    leading.stop()
+    beside.before.close()
     running.ended()
     front.close()
 
@@ -120,7 +133,18 @@ def test_stage_0_drops_tokens_of_an_older_epoch(beside: Beside, leader: tuple[Le
         beside.before.send(Returned(EPOCH, message.batch.number, (Drawn(token),), (0.0, 0.0)))
     assert front.finish()["a"].ids == [3, 4]
     leading.stop()
+    assert beside.after.receive() == End(EPOCH)
+    beside.before.close()  # as the last stage does that has heard of the end
     assert running.ended() == "None"
+
+
+def test_stage_0_does_not_wait_for_ever_until_the_others_have_ended(
+    leader: tuple[Leader, Running, Front], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leading, running, _ = leader
+    monkeypatch.setattr(engine, "END_SECONDS", 0.2)
+    leading.stop()
+    assert running.ended() == "the other stages have not ended within 0 s"
 
 
 def test_a_batch_that_does_not_come_back_ends_the_epoch_and_all_connections(

@@ -11,8 +11,9 @@ and the cure; this page says what its words mean.
 
 ## Conditions
 
-All but `Checkpointed` are there from the operator's first visit on. `observedGeneration` tells which version of the
-spec each answers, `lastTransitionTime` when its status last changed. There is no phase: ask a condition.
+All but `Available`, `Checkpointed` and `Protected` are there from the operator's first visit on. `observedGeneration`
+tells which version of the spec each answers, `lastTransitionTime` when its status last changed. There is no phase:
+ask a condition.
 
 ```sh
 kubectl wait --for=condition=Succeeded pj/tiny-gpt --timeout=10m
@@ -39,9 +40,11 @@ The column STATE of `kubectl get pj` is one word made from the conditions, for p
 |---|---|
 | `Succeeded` | `Succeeded` is `True` |
 | `Failed` | `Succeeded` is `False` |
-| `Refused` | `Accepted` is `False` |
 | `Suspended` | `Suspended` is `True` |
+| `Rescaling` | `Running` has the reason `Rescaling` |
 | `Running` | `Running` is `True` |
+| `Recovering` | `Running` is `False` because of `Recovering` or `Moving` |
+| `Refused` | `Accepted` is `False` |
 | `Stopping` | `Running` is `False` because of `Stopping` |
 | `Restarting` | `Running` is `False` because of `Restarting`, `Replacing`, `FailureSeen` or `Draining` |
 | `Starting` | `Placed` is `True` |

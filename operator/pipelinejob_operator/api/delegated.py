@@ -9,8 +9,6 @@ from pipelinejob_worker.protocol.rules import cel, rule
 
 Scheduler = Literal["Auto", "Affinity", "PodGroup", "Kueue", "Volcano", "SchedulerPlugins"]
 
-_QUEUE = "(has(self.queueName) && self.queueName != '')"
-
 
 class Delegated(Wire):
     """Who places the stages where the strategy is Delegated. All pods are created before any may be scheduled."""
@@ -19,13 +17,13 @@ class Delegated(Wire):
         json_schema_extra=cel(
             rule(
                 ".queueName",
-                f"self.to != 'Kueue' || {_QUEUE}",
+                "self.to != 'Kueue' || self.queueName != ''",
                 "'Kueue admits jobs by queue; allowed: the name of a LocalQueue of the namespace'",
                 "FieldValueRequired",
             ),
             rule(
                 ".queueName",
-                f"!{_QUEUE} || self.to in ['Kueue', 'Volcano']",
+                "self.queueName == '' || self.to in ['Kueue', 'Volcano']",
                 "'%s has no queues; allowed: none, or to: Kueue or Volcano'.format([self.to])",
                 "FieldValueForbidden",
             ),

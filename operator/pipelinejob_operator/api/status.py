@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipelinejob_operator.api.placement import MAX_LEVELS, PlacementStatus
+from pipelinejob_operator.api.recovery_status import MAX_AVOIDED, AvoidedNode, GroupStatus, LastRecovery, Protection
 from pipelinejob_worker.protocol.base import Wire
 
 MAX_PODS = 512
@@ -37,7 +38,18 @@ class StageStatus(Wire):
     )
     state: str = Field("", description="Pending, Starting, Running, Succeeded or Failed.")
     layers: str = Field("", description="Global layers that it holds, by chunk, for instance 0-2 or 0-2,9-11.")
-    restarts: int = Field(0, description="How many pods of this stage have failed.")
+    restarts: int = Field(0, description="How often this stage has failed, its process, its container or its pod.")
+    replacement: int = Field(0, description="Which pod of this place in the present attempt it is, from 0.")
+    replacement_time: str | None = Field(
+        None, description="When it was last given a new pod.", json_schema_extra={"format": "date-time"}
+    )
+    quick_replacements: int = Field(0, description="New pods in quick succession; the back-off grows with it.")
+    container_restarts: int = Field(0, description="Restarts of its container in place that have been counted.")
+    last_failure_time: str | None = Field(
+        None,
+        description="When its process failed last, by its own node's clock.",
+        json_schema_extra={"format": "date-time"},
+    )
     busy_percent: int | None = Field(
         None, description="Share of the step in which it computes: forward, backward and weight together."
     )
@@ -108,6 +120,15 @@ class FirstFailure(Wire):
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
 
+    def sentence(self) -> str:
+        """Say in one line which stage failed, where, and how."""
+        place = f"stage {self.stage}" + (f" of pipeline {self.pipeline}" if self.pipeline else "")
+        where = f" on node {self.node}" if self.node else ""
+        how = f" with exit code {self.exit_code}" if self.exit_code else ""
+        detail = f": {self.message}" if self.message else ""
+        log = f"; last log lines: {' | '.join(self.log_tail[-3:])}" if self.log_tail else ""
+        return f"{place} (pod {self.pod}){where} failed{how} ({self.reason}){detail}{log}"
+
 
 class Summary(Wire):
     """Ready-made strings for kubectl's columns; no controller reads them."""
@@ -134,8 +155,8 @@ class Status(Wire):
     conditions: list[Condition] = Field(
         [],
         max_length=16,
-        description="Accepted, Placed, Running, Suspended, Succeeded, Available in mode Serve, and Checkpointed where "
-        "a volume is set.",
+        description="Accepted, Placed, Running, Suspended, Succeeded, Available in mode Serve, Checkpointed where a "
+        "volume is set, and Protected with recovery strategy Ladder.",
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     summary: Summary = Field(default_factory=Summary, description="Strings for kubectl's columns.")
@@ -153,7 +174,20 @@ class Status(Wire):
         default_factory=PlacementStatus, description="How near the stages are to each other."
     )
     attempt: int = Field(0, description="Number of the present gang of pods, from 0; part of the pods' names.")
-    restarts: int = Field(0, description="Restarts of the gang because of failures, over the job's life.")
+    epoch: int = Field(
+        0, description="Number of the newest membership; it grows with every change of the group. Agents refuse older."
+    )
+    group: GroupStatus | None = Field(None, description="The stages that train together in this epoch.")
+    protection: Protection | None = Field(None, description="How many steps a loss would cost.")
+    last_recovery: LastRecovery | None = Field(None, description="The last recovery or rescale.")
+    ready_spares: int = Field(0, description="Spare pods that could take over a stage now.")
+    avoided_nodes: list[AvoidedNode] = Field(
+        [],
+        max_length=MAX_AVOIDED,
+        description="Nodes on which stages failed of late.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]},
+    )
+    restarts: int = Field(0, description="Failures that were answered with a restart, over the job's life.")
     restart_times: list[Annotated[str, Field(json_schema_extra={"format": "date-time"})]] = Field(
         [],
         max_length=1000,

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 
 from pipelinejob_operator.api.network import Network
 from pipelinejob_operator.api.placement import Placement
+from pipelinejob_operator.api.recovery import Elasticity, Recovery
 from pipelinejob_operator.api.serving import Serve, section_rules
 from pipelinejob_operator.api.status import MAX_PODS, Status
 from pipelinejob_worker.protocol import Batch, Checkpoint, Env, Mode, Model, Partition, Train
@@ -120,18 +121,6 @@ class Gpu(Wire):
     count: int = Field(1, ge=0, le=16, description="How many of it a stage asks for; 0 asks for none.")
 
 
-class Recovery(Wire):
-    """What happens when a stage fails."""
-
-    max_restarts: int = Field(
-        10,
-        ge=0,
-        le=100000,
-        description="Restarts allowed within windowSeconds; one more failure ends the job.",
-    )
-    window_seconds: int = Field(3600, ge=1, le=31536000, description="Length of the window in which restarts count.")
-
-
 class Spec(Wire):
     """What the user wants."""
 
@@ -188,6 +177,18 @@ class Spec(Wire):
                 "FieldValueRequired",
             ),
             *section_rules(),
+            rule(
+                ".stages",
+                "!has(self.elasticity) || !has(self.elasticity.minStages) || self.stages >= self.elasticity.minStages",
+                "'%d is less than elasticity.minStages %d; allowed: at least that'"
+                ".format([self.stages, self.elasticity.minStages])",
+            ),
+            rule(
+                ".stages",
+                "!has(self.elasticity) || !has(self.elasticity.maxStages) || self.stages <= self.elasticity.maxStages",
+                "'%d is more than elasticity.maxStages %d; allowed: at most that'"
+                ".format([self.stages, self.elasticity.maxStages])",
+            ),
             *(_immutable(field) for field in _IMMUTABLE),
         )
     )
@@ -220,6 +221,7 @@ class Spec(Wire):
     network: Network = Field(default_factory=Network, description="How the stages talk.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Where and how often the state is saved.")
     recovery: Recovery = Field(default_factory=Recovery, description="What happens when a stage fails.")
+    elasticity: Elasticity = Field(default_factory=Elasticity, description="Between how many stages it may have.")
     suspend: bool = Field(
         False,
         description="True: the stages finish their step, save a checkpoint where a volume is set, and leave.",

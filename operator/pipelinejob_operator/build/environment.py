@@ -27,7 +27,7 @@ def replaceable(job: Job) -> Variables:
 def fixed(job: Job, place: Place) -> Variables:
     """Variables of the stage at ``place``; they stand after the template's own."""
     attempt = job.status.attempt
-    values = {
+    values: dict[Env, str] = {
         Env.RANK: str(place.rank),
         Env.WORLD_SIZE: str(place.shape.size),
         Env.LOCAL_RANK: "0",
@@ -44,6 +44,24 @@ def fixed(job: Job, place: Place) -> Variables:
         Env.JOB_UID: job.uid,
         Env.ATTEMPT: str(attempt),
     }
+    return _variables(job, values)
+
+
+def spare(job: Job, index: int) -> Variables:
+    """Variables of a spare pod, which learns its stage from its membership."""
+    values = {
+        Env.LOCAL_RANK: "0",
+        Env.THREADS: "1",
+        Env.JOB: job.name,
+        Env.JOB_UID: job.uid,
+        Env.ATTEMPT: str(job.status.attempt),
+        Env.SPARE: str(index),
+    }
+    return _variables(job, values)
+
+
+def _variables(job: Job, values: dict[Env, str]) -> Variables:
+    """Add what every pod of the job has."""
     fields = {Env.POD_IP: "status.podIP", Env.NODE: "spec.nodeName"}
     return [
         *({"name": str(name), "value": value} for name, value in values.items()),

@@ -1,14 +1,20 @@
 """A PipelineJob as builders and controller use it: the parsed models, and the template as written."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelinejob_operator.api.status import Status
 from pipelinejob_operator.api.v1alpha1 import API_VERSION, KIND, Spec
 from pipelinejob_operator.build.place import Shape
 from pipelinejob_operator.build.source import SourceJob, own
+from pipelinejob_operator.placement.quantity import amount
 from pipelinejob_worker.protocol import WORKER_CONTAINER, Engine, Model, Source, Tokenizer, WorkerConfig
+from pipelinejob_worker.protocol import Recovery as WorkerRecovery
+
+MOST_RESTARTS = 1000
+LONGEST_WINDOW_SECONDS = 2_592_000
+"""What an agent counts at most; the operator's own budget is that of the API."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,11 @@ class Job:
             deleting="deletionTimestamp" in meta,
         )
 
+    def in_shape(self, shape: Shape) -> "Job":
+        """Return the same job as if its spec asked for another number of stages and pipelines."""
+        spec = self.spec.model_copy(update={"stages": shape.stages, "pipelines": shape.pipelines})
+        return replace(self, spec=spec)
+
     @property
     def shape(self) -> Shape:
         """Stages and pipelines that the spec asks for."""
@@ -94,9 +105,22 @@ class Job:
         """Whether the stages run our agent: a command of the user's own replaces it."""
         return not self.worker_template.get("command")
 
+    @property
+    def recovers(self) -> bool:
+        """Whether its agents recover single stages by themselves."""
+        return self.runs_agent and self.spec.mode == "Train" and self.spec.recovery.strategy == "Ladder"
+
+    @property
+    def snapshot_memory_bytes(self) -> int:
+        """Most memory that a stage's snapshots may take; 0: what the node has."""
+        if self.spec.recovery.memory:
+            return amount("memory", self.spec.recovery.memory)
+        limit = (self.worker_template.get("resources") or {}).get("limits", {}).get("memory")
+        return amount("memory", limit) // 2 if limit else 0
+
     def config(self) -> WorkerConfig:
         """What every stage is told, unchanged between restarts."""
-        return WorkerConfig.of(
+        told = WorkerConfig.of(
             job=self.name,
             job_uid=self.uid,
             model=self.model,
@@ -108,6 +132,23 @@ class Job:
             tokenizer=self.tokenizer,
             partition=self.spec.partition,
             checkpoint=self.spec.checkpoint,
+        )
+        if not self.recovers:
+            return told
+        # The oldest reader stays that of the training: an older image, which an upgrade can leave in a template,
+        # restarts as a gang, and the status says so; refusing the configuration would end such jobs.
+        return told.model_copy(update={"recovery": self._recovery()})
+
+    def _recovery(self) -> WorkerRecovery:
+        """What the agents are told of recovery; their bounds are narrower than those of the API."""
+        wanted = self.spec.recovery
+        return WorkerRecovery(
+            strategy=wanted.strategy,
+            snapshot_every_steps=wanted.snapshot_every_steps,
+            hang_timeout_seconds=wanted.hang_timeout_seconds,
+            max_restarts=min(wanted.max_restarts, MOST_RESTARTS),
+            window_seconds=min(wanted.window_seconds, LONGEST_WINDOW_SECONDS),
+            memory_bytes=self.snapshot_memory_bytes,
         )
 
     def _source(self) -> Source | None:

@@ -14,7 +14,10 @@ PIPELINES_LABEL = f"{GROUP}/pipelines"
 ATTEMPT_LABEL = f"{GROUP}/attempt"
 FRONT_LABEL = f"{GROUP}/front"
 """Of the fronts' pods: the job's UID. They have no stage."""
-
+REPLACEMENT_LABEL = f"{GROUP}/replacement"
+"""Which pod of its place within the attempt; only pods whose agents recover by themselves have it."""
+SPARE_LABEL = f"{GROUP}/spare"
+"""Index of a spare pod, which has no stage; taken away when it takes one over."""
 MEMBERSHIP_ANNOTATION = f"{GROUP}/membership"
 CONFIG_ANNOTATION = f"{GROUP}/config"
 OPENED_ANNOTATION = f"{GROUP}/opened"
@@ -22,10 +25,15 @@ GATE = f"{GROUP}/gang"
 FIELD_MANAGER = "pipelinejob-operator"
 
 
-def pod_name(job: str, place: Place, attempt: int) -> str:
-    """Name of a stage pod; with the attempt, so that a replacement never waits for a dead node's pod."""
+def pod_name(job: str, place: Place, attempt: int, replacement: int = 0) -> str:
+    """Name of a stage pod; numbered, so that a replacement never waits for a dead node's pod."""
     pipeline = f"-p{place.pipeline}" if place.shape.pipelines > 1 else ""
-    return f"{job}{pipeline}-s{place.stage}-a{attempt}"
+    return f"{job}{pipeline}-s{place.stage}-a{attempt}" + (f"-r{replacement}" if replacement else "")
+
+
+def spare_name(job: str, index: int, number: int) -> str:
+    """Name of a spare pod; numbered, because the one before may have become a stage and lives on."""
+    return f"{job}-spare-{index}-a{number}"
 
 
 def gang_name(job: str, attempt: int) -> str:
@@ -75,6 +83,11 @@ def front_labels(job: str, uid: str) -> dict[str, str]:
     return {**job_labels(job, uid), FRONT_LABEL: uid}
 
 
+def spare_labels(job: str, uid: str, index: int, attempt: int) -> dict[str, str]:
+    """Labels of a spare pod."""
+    return {**job_labels(job, uid), SPARE_LABEL: str(index), ATTEMPT_LABEL: str(attempt)}
+
+
 def pod_selector(job: str) -> str:
-    """Label selector of a job's pods, as ``status.selector`` shows it."""
-    return f"{MANAGED_BY_LABEL}={MANAGED_BY},{JOB_LABEL}={job}"
+    """Label selector of a job's stage pods, as ``status.selector`` shows it."""
+    return f"{MANAGED_BY_LABEL}={MANAGED_BY},{JOB_LABEL}={job},{STAGE_LABEL}"

@@ -17,49 +17,114 @@ from pipelinejob_operator.build.names import (
     CONFIG_ANNOTATION,
     GATE,
     MEMBERSHIP_ANNOTATION,
+    REPLACEMENT_LABEL,
     network_name,
     pod_name,
+    spare_labels,
+    spare_name,
     stage_labels,
 )
 from pipelinejob_operator.build.place import Place
-from pipelinejob_operator.build.volumes import stage_volumes
-from pipelinejob_operator.placement.affinity import FALLBACK_LEVELS, HOST_LEVEL, near_neighbours, together
-from pipelinejob_worker.protocol import STATUS_PORT, WORKER_CONTAINER
+from pipelinejob_operator.build.volumes import recovery_volume, stage_volumes
+from pipelinejob_operator.placement.affinity import (
+    FALLBACK_LEVELS,
+    HOST_LEVEL,
+    avoid,
+    elsewhere,
+    near_neighbours,
+    together,
+)
+from pipelinejob_operator.policy.avoidance import avoided
+from pipelinejob_worker.protocol import STATUS_PORT, WORKER_CONTAINER, ExitCode
 
 AGENT_COMMAND = ["python3", "-m", "pipelinejob_worker.agent"]
 GRACE_SECONDS = 30
 NODE_LOSS_SECONDS = 30
 """How long a pod stays bound to a node that does not answer; 300 s, the default, hold up the gang."""
 
+NOT_IN_PLACE = sorted({*(code for code in ExitCode if code.final), ExitCode.PEER_LOST, ExitCode.DRAINED})
+"""Exit codes after which another start of the same container is pointless: all that an agent chooses by itself."""
+
+IN_PLACE: dict[str, Any] = {
+    "restartPolicy": "Never",
+    "restartPolicyRules": [
+        {
+            "action": "RestartAllContainers",
+            "exitCodes": {"operator": "NotIn", "values": [int(code) for code in NOT_IN_PLACE]},
+        }
+    ],
+}
+"""The kubelet starts the pod's containers again in place, its node and its memory kept. An API server that does not
+know this drops it, or refuses it: then ``without_restart_in_place`` is created instead, and a container's end is the
+pod's.
+"""
+
 
 def stage_pod(
-    job: Job, place: Place, installation: Installation, *, share_host: bool, delegate: Delegate | None = None
+    job: Job,
+    place: Place,
+    installation: Installation,
+    *,
+    share_host: bool,
+    delegate: Delegate | None = None,
+    replacement: int = 0,
 ) -> dict[str, Any]:
     """Build the pod of the stage at ``place`` in the present attempt.
 
-    ``share_host`` keeps all stages on one node; ``delegate`` is the scheduler that places them, if it is not us.
+    ``share_host`` keeps all stages on one node; ``delegate`` is the scheduler that places them, if it is not us;
+    ``replacement``: which pod of that place it is.
     """
-    name = pod_name(job.name, place, job.status.attempt)
+    name = pod_name(job.name, place, job.status.attempt, replacement)
     labels = stage_labels(job.name, job.uid, place, job.status.attempt)
+    if job.recovers:
+        labels[REPLACEMENT_LABEL] = str(replacement)
+    pod = _pod(job, name, labels, installation, environment.fixed(job, place))
+    spec = pod["spec"]
+    spec["schedulingGates"] = [*spec.get("schedulingGates", []), {"name": GATE}]
+    _place(spec, job, labels, installation, share_host=share_host, delegate=delegate)
+    if delegate:
+        join(pod, job, place, delegate)
+    return pod
+
+
+def spare_pod(job: Job, index: int, number: int, installation: Installation, *, share_host: bool) -> dict[str, Any]:
+    """Build a spare pod, which can take over any stage; where it can it stands on a node without one."""
+    labels = spare_labels(job.name, job.uid, index, job.status.attempt)
+    pod = _pod(job, spare_name(job.name, index, number), labels, installation, environment.spare(job, index))
+    if share_host:
+        _attract(pod["spec"], [], [together(labels, HOST_LEVEL)])
+    else:
+        rules = pod["spec"].setdefault("affinity", {}).setdefault("podAntiAffinity", {})
+        key = "preferredDuringSchedulingIgnoredDuringExecution"
+        rules[key] = [*rules.get(key, []), elsewhere(labels)]
+    return pod
+
+
+def _pod(
+    job: Job, name: str, labels: dict[str, str], installation: Installation, variables: environment.Variables
+) -> dict[str, Any]:
+    """Build what all pods of a job have in common."""
     user_meta = job.template.get("metadata") or {}
     spec: dict[str, Any] = copy.deepcopy(job.template.get("spec") or {})
     volumes, mounts = stage_volumes(job.claim_name, read_only=job.source is not None)
+    if job.recovers:
+        volume, mount = recovery_volume(job.snapshot_memory_bytes)
+        volumes, mounts = [*volumes, volume], [*mounts, mount]
 
     others = [item for item in spec.get("containers", []) if item.get("name") != WORKER_CONTAINER]
-    spec["containers"] = [_worker(job, place, installation, mounts), *others]
+    spec["containers"] = [_worker(job, variables, installation, mounts), *others]
     spec["volumes"] = [*spec.get("volumes", []), *_unshadowed(volumes, mounts, spec["containers"][0])]
     spec["hostname"] = name
     spec["subdomain"] = network_name(job.name)
     spec["restartPolicy"] = "Never"
-    spec["schedulingGates"] = [*spec.get("schedulingGates", []), {"name": GATE}]
     spec["securityContext"] = security.pod() | (spec.get("securityContext") or {})
     spec["tolerations"] = _tolerations(spec.get("tolerations", []))
     spec.setdefault("terminationGracePeriodSeconds", GRACE_SECONDS)
     spec.setdefault("automountServiceAccountToken", False)
     spec.setdefault("enableServiceLinks", False)
     wiring.wire(spec, spec["containers"][0], job.spec.network)
-    _place(spec, job, labels, installation, share_host=share_host, delegate=delegate)
-    pod = {
+    avoid(spec, avoided(job.status.avoided_nodes))
+    return {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {
@@ -73,12 +138,11 @@ def stage_pod(
         },
         "spec": spec,
     }
-    if delegate:
-        join(pod, job, place, delegate)
-    return pod
 
 
-def _worker(job: Job, place: Place, installation: Installation, mounts: list[dict[str, Any]]) -> dict[str, Any]:
+def _worker(
+    job: Job, variables: environment.Variables, installation: Installation, mounts: list[dict[str, Any]]
+) -> dict[str, Any]:
     worker: dict[str, Any] = copy.deepcopy(job.worker_template)
     worker["name"] = WORKER_CONTAINER
     worker.setdefault("image", installation.worker_image)
@@ -88,7 +152,9 @@ def _worker(job: Job, place: Place, installation: Installation, mounts: list[dic
         worker["command"] = AGENT_COMMAND
         worker["ports"] = [*worker.get("ports", []), {"name": "stage-status", "containerPort": STATUS_PORT}]
         worker["readinessProbe"] = {"httpGet": {"path": "/readyz", "port": STATUS_PORT}, "periodSeconds": 2}
-    worker["env"] = [*environment.replaceable(job), *worker.get("env", []), *environment.fixed(job, place)]
+    worker["env"] = [*environment.replaceable(job), *worker.get("env", []), *variables]
+    if job.recovers and "restartPolicy" not in worker:
+        worker |= IN_PLACE
     taken = {mount.get("mountPath", "").rstrip("/") for mount in worker.get("volumeMounts", [])}
     free = [mount for mount in mounts if mount["mountPath"] not in taken]
     worker["volumeMounts"] = [*worker.get("volumeMounts", []), *free]
@@ -99,6 +165,15 @@ def _worker(job: Job, place: Place, installation: Installation, mounts: list[dic
         for kind in ("requests", "limits"):
             resources[kind] = (resources.get(kind) or {}) | {job.spec.gpu.resource_name: str(job.spec.gpu.count)}
     return worker
+
+
+def without_restart_in_place(pod: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the same pod for an API server that refuses ``IN_PLACE``; None where it has none of that."""
+    containers = pod["spec"]["containers"]
+    if not any(item.get("restartPolicyRules") == IN_PLACE["restartPolicyRules"] for item in containers):
+        return None
+    plain = [{key: value for key, value in item.items() if key not in IN_PLACE} for item in containers]
+    return pod | {"spec": pod["spec"] | {"containers": plain}}
 
 
 def _unshadowed(
@@ -129,7 +204,7 @@ def _place(
     share_host: bool,
     delegate: Delegate | None,
 ) -> None:
-    """Add the terms of placement to the user's own affinity."""
+    """Add the terms of a stage's placement."""
     levels = job.spec.placement.topology_levels or installation.topology_levels or FALLBACK_LEVELS
     preferred, required = near_neighbours(labels, job.spec.stages, levels), []
     if share_host:
@@ -138,6 +213,11 @@ def _place(
         preferred = []  # at most 8 different pod specs make a pod group, and Kueue orders the ranks by itself
     elif delegate and job.spec.placement.required_level:
         required.append(together(labels, job.spec.placement.required_level))
+    _attract(spec, preferred, required)
+
+
+def _attract(spec: dict[str, Any], preferred: list[dict[str, Any]], required: list[dict[str, Any]]) -> None:
+    """Add terms to the user's own affinity."""
     if not preferred and not required:
         return
     rules = spec.setdefault("affinity", {}).setdefault("podAffinity", {})

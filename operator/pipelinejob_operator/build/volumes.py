@@ -8,6 +8,7 @@ from pipelinejob_worker.protocol import (
     CONFIG_FILE,
     MEMBERSHIP_FILE,
     POD_INFO_DIRECTORY,
+    RECOVERY_DIRECTORY,
     SCRATCH_DIRECTORY,
 )
 
@@ -15,11 +16,11 @@ SHARED_MEMORY_DIRECTORY = "/dev/shm"  # noqa: S108 - a mount point, not a tempor
 SHARED_MEMORY_LIMIT = "1Gi"
 """Most of it that a stage may fill: NCCL and torch take far less. Used pages count as memory."""
 
-INFO, SCRATCH, SHARED_MEMORY, CHECKPOINT = (
-    f"pipelinejob-{part}" for part in ("info", "scratch", "shared-memory", "checkpoint")
+INFO, SCRATCH, SHARED_MEMORY, CHECKPOINT, RECOVERY = (
+    f"pipelinejob-{part}" for part in ("info", "scratch", "shared-memory", "checkpoint", "recovery")
 )
-OUR_VOLUMES = frozenset({INFO, SCRATCH, SHARED_MEMORY, CHECKPOINT})
-OUR_MOUNT_PATHS = frozenset({POD_INFO_DIRECTORY, CHECKPOINT_DIRECTORY})
+OUR_VOLUMES = frozenset({INFO, SCRATCH, SHARED_MEMORY, CHECKPOINT, RECOVERY})
+OUR_MOUNT_PATHS = frozenset({POD_INFO_DIRECTORY, CHECKPOINT_DIRECTORY, RECOVERY_DIRECTORY})
 """Mount paths that a template may not take; those of scratch and shared memory it may."""
 
 
@@ -49,6 +50,17 @@ def stage_volumes(claim_name: str, *, read_only: bool = False) -> tuple[list[dic
         only = {"readOnly": True} if read_only else {}
         mounts.append({"name": CHECKPOINT, "mountPath": CHECKPOINT_DIRECTORY, **only})
     return volumes, mounts
+
+
+def recovery_volume(limit_bytes: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The memory in which snapshots and notes outlive the container, and its mount; 0: no limit but the node's.
+
+    What is in it counts as memory of the container.
+    """
+    memory: dict[str, Any] = {"medium": "Memory"}
+    if limit_bytes:
+        memory["sizeLimit"] = str(limit_bytes)
+    return {"name": RECOVERY, "emptyDir": memory}, {"name": RECOVERY, "mountPath": RECOVERY_DIRECTORY}
 
 
 def _item(path: str, annotation: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """What a plan can ask for: each is a write to the API server, or several that belong together."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from pipelinejob_operator.policy.facts import StagePod
+from pipelinejob_operator.policy.facts import Pod, StagePod
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class ApplyObject:
 
 @dataclass(frozen=True)
 class CreatePod:
-    """Create a stage pod behind its scheduling gate."""
+    """Create a stage pod behind its scheduling gate, or a spare."""
 
     manifest: dict[str, Any]
 
@@ -41,24 +42,29 @@ class NoteRelease:
 
 @dataclass(frozen=True)
 class SetMembership:
-    """Replace a pod's membership; refused where it is no longer what we saw."""
+    """Replace a pod's membership, and labels with it; refused where it is no longer what we saw.
 
-    pod: StagePod
+    So a spare takes over a stage, or a pod another place, in one write.
+    """
+
+    pod: Pod
     value: str
+    labels: Mapping[str, str | None] = field(default_factory=dict)
+    """New values; None takes a label away."""
 
 
 @dataclass(frozen=True)
 class DeletePod:
     """Delete a pod, if it is still the one we saw."""
 
-    pod: StagePod
+    pod: Pod
 
 
 @dataclass(frozen=True)
 class ReleasePod:
     """Take a finalizer off a pod that is over."""
 
-    pod: StagePod
+    pod: Pod
     finalizer: str
 
 

@@ -12,6 +12,7 @@ from pipelinejob_operator.api.status import Status
 from pipelinejob_operator.api.v1alpha1 import GROUP
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.names import GATE, MEMBERSHIP_ANNOTATION
+from pipelinejob_operator.build.pods import without_restart_in_place
 from pipelinejob_operator.controller.actions import (
     Action,
     ApplyObject,
@@ -27,7 +28,7 @@ from pipelinejob_operator.controller.actions import (
 from pipelinejob_operator.controller.observed import Unplaced
 from pipelinejob_operator.controller.placer import Placer
 from pipelinejob_operator.controller.refusals import Refused, classify
-from pipelinejob_operator.policy.facts import Manifest, StagePod
+from pipelinejob_operator.policy.facts import Manifest, Pod
 from pipelinejob_operator.policy.reasons import Reason
 from pipelinejob_operator.runtime import metrics
 from pipelinejob_operator.runtime.cache import Cache, Key
@@ -51,6 +52,8 @@ PLURALS = {
     "PodGroup": "podgroups",
     "Service": "services",
 }
+RULES_FIELD = "restartPolicyRules"
+"""What an API server names that refuses containers' restart rules."""
 HASH_ANNOTATION = f"{GROUP}/manifest-hash"
 
 log = structlog.get_logger(__name__)
@@ -111,14 +114,15 @@ class Executor:
                 return await self._placer.place(job)
             case NoteRelease(node) if self._placer:
                 self._placer.note_release(job, node)
-            case SetMembership(pod, value):
-                path = f"/metadata/annotations/{MEMBERSHIP_ANNOTATION.replace('/', '~1')}"
+            case SetMembership(pod, value, labels):
+                path = _pointer("annotations", MEMBERSHIP_ANNOTATION)
                 await self._patch_pod(
                     job,
                     pod,
                     [
                         {"op": "test", "path": path, "value": pod.membership},
                         {"op": "replace", "path": path, "value": value},
+                        *(_label(name, wanted) for name, wanted in labels.items()),
                     ],
                 )
             case DeletePod(pod):
@@ -143,6 +147,10 @@ class Executor:
         except ApiError as error:
             if error.code == CONFLICT:
                 return await self._adopt(job, name)
+            if error.code == UNPROCESSABLE and RULES_FIELD in error.message:
+                plain = without_restart_in_place(manifest)
+                if plain is not None:
+                    return await self._create_pod(job, plain)
             if error.code in (FORBIDDEN, UNPROCESSABLE):
                 return Refused(f"pod {name}", classify(error.message), error.message)
             raise
@@ -186,13 +194,13 @@ class Executor:
         metrics.WRITES.labels(f"apply {kind}").inc()
         return None
 
-    async def _patch_pod(self, job: Job, pod: StagePod, operations: list[dict[str, Any]]) -> None:
+    async def _patch_pod(self, job: Job, pod: Pod, operations: list[dict[str, Any]]) -> None:
         test_uid = {"op": "test", "path": "/metadata/uid", "value": pod.uid}
         patched = await self._kubernetes.json_patch(PODS, job.namespace, pod.name, [test_uid, *operations])
         metrics.WRITES.labels("patch pod").inc()
         self._cache.put_pod(patched)
 
-    async def _delete_pod(self, job: Job, pod: StagePod) -> None:
+    async def _delete_pod(self, job: Job, pod: Pod) -> None:
         left = await self._kubernetes.delete(PODS, job.namespace, pod.name, pod.uid)
         metrics.WRITES.labels("delete pod").inc()
         key = Key(job.namespace, job.name)
@@ -207,6 +215,15 @@ def render(status: Status) -> dict[str, Any]:
     """Render a status as the API server stores it."""
     rendered: dict[str, Any] = status.model_dump(by_alias=True, exclude_none=True)
     return rendered
+
+
+def _pointer(kind: str, name: str) -> str:
+    return f"/metadata/{kind}/{name.replace('/', '~1')}"
+
+
+def _label(name: str, value: str | None) -> dict[str, Any]:
+    path = _pointer("labels", name)
+    return {"op": "remove", "path": path} if value is None else {"op": "add", "path": path, "value": value}
 
 
 def _other_owner(job: Job, found: Manifest) -> str:

@@ -20,6 +20,7 @@ from pipelinejob_operator.controller.actions import (
     PlaceGang,
     SetMembership,
 )
+from pipelinejob_operator.controller.decision import Decision
 from pipelinejob_operator.controller.observed import Gang, Observed
 from pipelinejob_operator.policy import delegation as policy
 from pipelinejob_operator.policy.facts import Claim, Manifest, StagePod
@@ -52,25 +53,28 @@ def patience(since: datetime | None, now: datetime) -> timedelta:
     return min(max(waited, SHORTEST_PATIENCE), LONGEST_PATIENCE)
 
 
+def share_host(claim: Claim | None, size: int) -> bool:
+    """Whether all stages must stand on one node, because no other can mount their claim."""
+    return claim is not None and claim.one_node and size > 1
+
+
 def actions(job: Job, gang: Gang, seen: Observed, installation: Installation) -> list[Action]:
     """Next writes that the gang needs: first all pods, then all gates, then all memberships."""
     shape = job.shape
     scheduler = delegate(job, seen, installation)
     if not gang.complete(shape.size):
-        share_host = seen.claim is not None and seen.claim.one_node and shape.size > 1
+        shared = share_host(seen.claim, shape.size)
         missing = [place for place in shape.places() if place.rank not in gang.current]
         return [
             *(ApplyObject(manifest) for manifest in standing(job, seen, installation)),
             *(
-                CreatePod(stage_pod(job, place, installation, share_host=share_host, delegate=scheduler))
+                CreatePod(stage_pod(job, place, installation, share_host=shared, delegate=scheduler))
                 for place in missing
             ),
         ]
     pods = [gang.current[rank] for rank in range(shape.size)]
     if gated := [pod for pod in pods if pod.gate is not None and not pod.terminating]:
-        if not (seen.plans and job.spec.placement.strategy == "Planned"):
-            return [OpenGate(pod) for pod in gated]
-        return [] if seen.unplaced else [PlaceGang()]
+        return gates(job, gated, seen)
     if not all(pod.address for pod in pods):
         return []
     attempt, replicas = job.status.attempt, job.spec.mode != "Train"
@@ -78,6 +82,13 @@ def actions(job: Job, gang: Gang, seen: Observed, installation: Installation) ->
     # A pod that has a membership keeps it for the attempt: agents ignore another text of an epoch they have
     # seen.
     return [SetMembership(pod, value) for pod, value in wanted.items() if not pod.membership and not pod.ended]
+
+
+def gates(job: Job, gated: Sequence[StagePod], seen: Observed) -> list[Action]:
+    """Open the gates: to the nodes that are planned for the pods, or wherever kube-scheduler puts them."""
+    if not (seen.plans and job.spec.placement.strategy == "Planned"):
+        return [OpenGate(pod) for pod in gated]
+    return [] if seen.unplaced else [PlaceGang()]
 
 
 def delegate(job: Job, seen: Observed, installation: Installation) -> Delegate | None:
@@ -94,7 +105,7 @@ def standing(job: Job, seen: Observed, installation: Installation) -> list[Manif
 
 def placed(gang: Gang, job: Job, seen: Observed) -> Told:
     """The condition Placed of a gang that is being made or lives."""
-    size = job.shape.size
+    size = gang.shape.size
     if not gang.complete(size):
         return "False", Reason.CREATING, f"{len(gang.current)} of {size} stage pods exist"
     pods = list(gang.current.values())
@@ -107,7 +118,7 @@ def placed(gang: Gang, job: Job, seen: Observed) -> Told:
 
 def _scheduling(job: Job, pods: Sequence[StagePod], seen: Observed) -> tuple[Reason, str]:
     """What gated pods that were let go, or may be, wait for."""
-    size = job.shape.size
+    size = len(pods)
     have = f"{sum(pod.scheduled for pod in pods)} of {size} stages have a node"
     if any(pod.opened and pod.opened.why == PROVISION for pod in pods):
         limit = job.spec.placement.provision_timeout_seconds
@@ -174,3 +185,11 @@ def _no_container(pod: StagePod) -> str:
         f"{pod.place} on node {pod.node} cannot start its container ({pod.waiting.reason}: "
         f"{pod.waiting.message}); mend what spec.template refers to, and the kubelet tries again by itself"
     )
+
+
+def observe_placement(d: Decision) -> None:
+    """Say whether every stage has a node, and who else sees to it."""
+    status, reason, message = placed(d.gang, d.job, d.seen)
+    scheduler = delegate(d.job, d.seen, d.installation)
+    by = f"; {delegation.told(d.job, scheduler)}" if scheduler else ""
+    d.draft.condition(ConditionType.PLACED, status, reason, message + by)

@@ -9,30 +9,24 @@ deleted, so an operator that dies in between finds its intent. Pods of another a
 are always deleted.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from pipelinejob_operator.api.status import Condition, Status
-from pipelinejob_operator.build.delegation import KUEUE_FINALIZER, told
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
+from pipelinejob_operator.build.membership import shape_of
 from pipelinejob_operator.controller import gang as gang_plan
-from pipelinejob_operator.controller import serving
-from pipelinejob_operator.controller.actions import (
-    Action,
-    ApplyObject,
-    DeleteJob,
-    DeletePod,
-    NoteRelease,
-    ReleasePod,
-)
+from pipelinejob_operator.controller import ladder, serving, spares
+from pipelinejob_operator.controller.actions import Action, ApplyObject, DeleteJob, DeletePod, NoteRelease
+from pipelinejob_operator.controller.decision import Decision
 from pipelinejob_operator.controller.observed import Gang, Observed
 from pipelinejob_operator.controller.status import Draft, rfc3339
 from pipelinejob_operator.controller.transitions import Notice, notices
-from pipelinejob_operator.policy import acceptance, delegation, failure, lifecycle, release, restart, retention
+from pipelinejob_operator.policy import acceptance, delegation, failure, lifecycle, release, restart, retention, shapes
 from pipelinejob_operator.policy.facts import Failure, StagePod, parse_time
 from pipelinejob_operator.policy.reasons import ConditionType, Reason, Verdict
+from pipelinejob_worker.protocol import ExitCode
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ def plan(job: Job, seen: Observed, now: datetime, installation: Installation) ->
         return Plan(job.status)  # its objects go with it, by their owner references
     if lifecycle.finished(job.status.conditions):
         return _after_the_end(job, seen, now, installation)
-    decided = _active(_Decision(job, seen, now, installation))
+    decided = _active(Decision(job, seen, now, installation))
     if job.spec.serve:
         decided.actions += serving.idle_fronts(job, seen, decided.draft, installation)
         serving.tell(job, seen, decided.draft)
@@ -66,76 +60,61 @@ def plan(job: Job, seen: Observed, now: datetime, installation: Installation) ->
         notices=tuple(notices(job.status, status)),
         look_again_at=min(decided.alarms, default=None),
         irreversible=retired
+        or decided.irreversible
         or lifecycle.finished(status.conditions)
         or any(isinstance(action, DeletePod | DeleteJob) for action in decided.actions),
     )
 
 
-class _Decision:
-    """A plan in the making: the facts, and what has been decided so far."""
-
-    def __init__(self, job: Job, seen: Observed, now: datetime, installation: Installation) -> None:
-        self.job, self.seen, self.now, self.installation = job, seen, now, installation
-        self.gang = Gang.of(job, seen)
-        self.draft = Draft(job, now)
-        self.actions: list[Action] = []
-        self.alarms: list[datetime] = []
-
-    def delete(self, pods: Iterable[StagePod]) -> None:
-        """Ask for the deletion of those pods that nobody has deleted yet, and let those go that are over."""
-        for pod in pods:
-            if not pod.terminating:
-                self.actions.append(DeletePod(pod))
-            elif KUEUE_FINALIZER in pod.finalizers and (not pod.scheduled or not pod.active):
-                # Kueue keeps such a pod until another takes its place, and the next attempt waits for it to go.
-                self.actions.append(ReleasePod(pod, KUEUE_FINALIZER))
-
-    def retire(self) -> None:
-        """Raise the attempt, so that the present pods belong to the past."""
-        self.draft.set(attempt=self.job.status.attempt + 1)
-
-    def say(self, kind: ConditionType, reason: Reason, message: str) -> None:
-        """Set a condition to False."""
-        self.draft.condition(kind, "False", reason, message)
-
-    def down(self, reason: Reason, message: str) -> None:
-        """Nothing is placed and nothing runs, both for the same reason."""
-        self.say(ConditionType.PLACED, reason, message)
-        self.say(ConditionType.RUNNING, reason, message)
-
-
-def _active(d: _Decision) -> _Decision:
+def _active(d: Decision) -> Decision:
     """Ask what may end or stop an unfinished job; what passes all of it shall live."""
+    verdict, refused = _verdict(d.job, d.seen), None
+    group = d.job.status.group
+    if verdict and group and d.gang.recovers and d.job.shape != shape_of(group):
+        # Only the shape can have changed since it was accepted: the stages train on in the one that they have.
+        refused = Verdict(verdict.reason, f"{verdict.message}; the job runs on with {shape_of(group)}")
+        d.keep_shape(shape_of(group))
+        verdict = _verdict(d.job, d.seen)
     job, status = d.job, d.job.status
-    d.draft.gang(d.gang.current, serving.progress(d.seen))
+    d.draft.gang(d.gang, serving.progress(d.seen))
     if d.seen.located:
         d.draft.located(d.seen.located)
     d.draft.last_words(d.seen.pods)
     d.draft.condition(ConditionType.SUCCEEDED, "Unknown", Reason.ACTIVE, "the job has not finished")
-    size = len(job.config().to_json().encode())
-    case = acceptance.Case(job.spec, job.template, d.seen.claim, size, job.source.model if job.source else None)
-    if verdict := acceptance.check(case):
+    if verdict:
         return _refuse(d, verdict)
-    d.draft.condition(ConditionType.ACCEPTED, "True", Reason.VALID, "the spec can run")
+    if refused:
+        d.say(ConditionType.ACCEPTED, refused.reason, refused.message)
+    else:
+        d.draft.condition(ConditionType.ACCEPTED, "True", Reason.VALID, "the spec can run")
 
-    if job.spec.mode != "Serve" and lifecycle.succeeded(d.gang.current, job.shape.size):
+    if job.spec.mode != "Serve" and lifecycle.succeeded(d.gang.current, d.gang.shape.size):
         return _succeed(d)
     if (deadline := lifecycle.deadline(job.spec, status)) is not None:
         if d.now >= deadline:
             limit = job.spec.active_deadline_seconds
             message = f"active since {status.start_time} for more than activeDeadlineSeconds {limit}"
-            return _fail(d, Reason.DEADLINE_EXCEEDED, message)
+            return d.fail(Reason.DEADLINE_EXCEEDED, message)
         d.alarms.append(deadline)
     return _suspend(d) if job.spec.suspend else _live(d)
 
 
-def _live(d: _Decision) -> _Decision:
+def _verdict(job: Job, seen: Observed) -> Verdict | None:
+    known = shapes.known_layers([item.layers for item in job.status.stages])
+    size = len(job.config().to_json().encode())
+    model = job.source.model if job.source else None
+    return acceptance.check(acceptance.Case(job.spec, job.template, seen.claim, size, model, known))
+
+
+def _live(d: Decision) -> Decision:
     """Keep a wanted job alive: answer failures, replace the gang, or tend it."""
     job, status = d.job, d.job.status
     d.say(ConditionType.SUSPENDED, Reason.NOT_SUSPENDED, "spec.suspend is not set")
     if status.start_time is None:
         d.draft.set(start_time=rfc3339(d.now))
 
+    if d.gang.recovers and not _gives_in(d.gang):
+        return d if _next_gang_waits(d) or _hindered(d) else ladder.live(d)
     if any(pod.place.shape != job.shape for pod in d.gang.current.values()):
         d.retire()
         d.down(Reason.REPLACING, f"the gang is replaced to run {job.shape}")
@@ -150,7 +129,7 @@ def _live(d: _Decision) -> _Decision:
     return _tend(d)
 
 
-def _taken_back(d: _Decision) -> bool:
+def _taken_back(d: Decision) -> bool:
     """Release a gang of which a stage does not get the node that was planned for it; whether that is so."""
     if not d.gang.complete(d.job.shape.size):
         return False
@@ -166,11 +145,16 @@ def _taken_back(d: _Decision) -> bool:
     return True
 
 
-def _first_failure(d: _Decision) -> failure.Finding | None:
+def _gives_in(gang: Gang) -> bool:
+    """Whether an agent has ended because it lost a peer: it is too old to wait for one, so the gang goes as a whole."""
+    return any(pod.ended and pod.ended.exit_code == ExitCode.PEER_LOST for pod in gang.current.values())
+
+
+def _first_failure(d: Decision) -> failure.Finding | None:
     job = d.job
     look = failure.Look(
         job=job.name,
-        shape=job.shape,
+        shape=d.gang.shape,
         attempt=job.status.attempt,
         protocol=job.runs_agent,
         unready_nodes=d.seen.unready_nodes,
@@ -179,7 +163,7 @@ def _first_failure(d: _Decision) -> failure.Finding | None:
     return failure.first(d.gang.current, look)
 
 
-def _refuse(d: _Decision, verdict: Verdict) -> _Decision:
+def _refuse(d: Decision, verdict: Verdict) -> Decision:
     """Nothing runs under a spec that is not accepted; what ran before is stopped."""
     d.say(ConditionType.ACCEPTED, verdict.reason, verdict.message)
     d.say(ConditionType.SUSPENDED, Reason.NOT_SUSPENDED, "spec.suspend is not set")
@@ -200,35 +184,28 @@ def unreadable(job: Job, problem: str, now: datetime) -> Plan:
     return Plan(status, notices=tuple(notices(job.status, status)))
 
 
-def _succeed(d: _Decision) -> _Decision:
+def _succeed(d: Decision) -> Decision:
     d.draft.condition(
         ConditionType.SUCCEEDED,
         "True",
         Reason.ALL_STAGES_SUCCEEDED,
         f"all {d.job.shape.size} stages succeeded",
     )
-    return _end(d)
+    return d.end()
 
 
-def _fail(d: _Decision, reason: Reason, message: str) -> _Decision:
-    d.draft.condition(ConditionType.SUCCEEDED, "False", reason, message)
-    return _end(d)
-
-
-def _end(d: _Decision) -> _Decision:
-    d.down(Reason.FINISHED, "the job has finished")
-    d.say(ConditionType.SUSPENDED, Reason.NOT_SUSPENDED, "the job has finished")
-    d.draft.set(completion_time=rfc3339(d.now))
-    return d
-
-
-def _suspend(d: _Decision) -> _Decision:
+def _suspend(d: Decision) -> Decision:
     d.draft.set(start_time=None)
+    message = "spec.suspend is set; the stage pods are on their way out" + _lost_progress(d)
+    if ladder.suspend(d):
+        d.say(ConditionType.SUSPENDED, Reason.STOPPING, message)
+        d.say(ConditionType.RUNNING, Reason.STOPPING, message)
+        return d
     if d.gang.current:
         d.retire()
     d.delete(d.gang.others)
-    if d.seen.pods:
-        message = "spec.suspend is set; the stage pods are on their way out"
+    spares.release(d)
+    if d.seen.pods or d.seen.spares:
         d.say(ConditionType.SUSPENDED, Reason.STOPPING, message)
         d.down(Reason.STOPPING, message)
     else:
@@ -239,7 +216,14 @@ def _suspend(d: _Decision) -> _Decision:
     return d
 
 
-def _answer(d: _Decision, finding: failure.Finding) -> _Decision:
+def _lost_progress(d: Decision) -> str:
+    """Warn that a job without a volume begins anew: memory goes with the pods."""
+    if d.job.spec.checkpoint.volume_claim_name or not d.job.runs_agent:
+        return ""
+    return "; without spec.checkpoint.volumeClaimName nothing is saved, so a resume begins at step 0"
+
+
+def _answer(d: Decision, finding: failure.Finding) -> Decision:
     """Do what a failure asks for."""
     status, first = d.job.status, finding.failure
     words = first.sentence()
@@ -247,7 +231,7 @@ def _answer(d: _Decision, finding: failure.Finding) -> _Decision:
         case failure.Answer.WAIT:
             assert finding.recheck_at is not None
             d.alarms.append(finding.recheck_at)
-            _observe_placement(d)
+            gang_plan.observe_placement(d)
             if finding.draining:
                 d.say(ConditionType.RUNNING, Reason.DRAINING, f"the pod of {first.place} is being deleted")
             else:
@@ -266,18 +250,18 @@ def _answer(d: _Decision, finding: failure.Finding) -> _Decision:
             return d
         case failure.Answer.FAIL:
             d.draft.failed_stage(first, status.consecutive_restarts)
-            return _fail(d, Reason.INVALID_CONFIGURATION, words)
+            return d.fail(Reason.INVALID_CONFIGURATION, words)
         case failure.Answer.RESTART:
             return _restart(d, first, words)
 
 
-def _restart(d: _Decision, first: Failure, words: str) -> _Decision:
+def _restart(d: Decision, first: Failure, words: str) -> Decision:
     status, recovery = d.job.status, d.job.spec.recovery
     times = [time for text in status.restart_times if (time := parse_time(text))]
     if not restart.allowed(times, recovery, d.now):
         d.draft.failed_stage(first, status.consecutive_restarts)
         budget = f"{recovery.max_restarts} restarts within {recovery.window_seconds} s are spent"
-        return _fail(d, Reason.RESTART_BUDGET_SPENT, f"{words} ({budget}; see spec.recovery)")
+        return d.fail(Reason.RESTART_BUDGET_SPENT, f"{words} ({budget}; see spec.recovery)")
     in_a_row = restart.in_a_row(status.consecutive_restarts, status.first_failure, first, status.progress.step)
     d.draft.failed_stage(first, in_a_row)
     d.retire()
@@ -290,14 +274,14 @@ def _restart(d: _Decision, first: Failure, words: str) -> _Decision:
     return d
 
 
-def _next_gang_waits(d: _Decision) -> bool:
+def _next_gang_waits(d: Decision) -> bool:
     """Whether the next gang must wait for the last one to be gone, or for the back-off to be over."""
     status = d.job.status
-    d.delete(d.gang.others)
-    if d.gang.current:
+    d.delete(pod for pod in d.gang.others if not d.gang.recovers or pod.attempt != status.attempt)
+    if d.gang.current or status.group:
         return False
     reason = Reason.RESTARTING if status.consecutive_restarts else Reason.REPLACING
-    if alive := [pod for pod in d.gang.others if not _given_up(pod, d)]:
+    if alive := [pod for pod in d.gang.others if pod.attempt != status.attempt and not _given_up(pod, d)]:
         d.alarms += [pod.gone_by + failure.OVERDUE for pod in alive if pod.gone_by]
         _keep_or(d, reason, f"the pods of the last attempt are on their way out, such as {alive[0].name}")
         return True
@@ -310,14 +294,14 @@ def _next_gang_waits(d: _Decision) -> bool:
     return False
 
 
-def _given_up(pod: StagePod, d: _Decision) -> bool:
+def _given_up(pod: StagePod, d: Decision) -> bool:
     """Whether a pod of the past need not be waited for: its node is dead, or its kubelet does not answer."""
     if pod.gone_by is None:
         return False
     return pod.node in d.seen.unready_nodes or d.now >= pod.gone_by + failure.OVERDUE
 
 
-def _keep_or(d: _Decision, reason: Reason, message: str) -> None:
+def _keep_or(d: Decision, reason: Reason, message: str) -> None:
     """Keep the words that told why the gang is replaced, where they still stand; else say ``message``."""
     running = _condition(d.job.status, ConditionType.RUNNING)
     if running is None or running.reason not in (Reason.RESTARTING, Reason.REPLACING, Reason.REPLANNING):
@@ -328,14 +312,20 @@ def _condition(status: Status, kind: ConditionType) -> Condition | None:
     return next((item for item in status.conditions if item.type == kind), None)
 
 
-def _tend(d: _Decision) -> _Decision:
+def _hindered(d: Decision) -> bool:
+    """Whether a gang that has not been complete yet cannot be made now."""
+    if d.job.status.group or gang_plan.opened(d.gang, d.job.status) or not (hindrance := _hindrance(d)):
+        return False
+    d.delete(d.gang.current.values())
+    d.down(*hindrance)
+    return True
+
+
+def _tend(d: Decision) -> Decision:
     """Bring the present gang to life, or watch it live."""
-    if not gang_plan.opened(d.gang, d.job.status):
-        if hindrance := _hindrance(d):
-            d.delete(d.gang.current.values())
-            d.down(*hindrance)
-            return d
-    elif d.seen.refusal and any(pod.gate is not None for pod in d.gang.current.values()):
+    if _hindered(d):
+        return d
+    if d.seen.refusal and any(pod.gate is not None for pod in d.gang.current.values()):
         d.retire()  # half of it is open: it holds what another job could use
         d.down(d.seen.refusal.reason, d.seen.refusal.message)
         return d
@@ -346,12 +336,12 @@ def _tend(d: _Decision) -> _Decision:
         standing = [ApplyObject(manifest) for manifest in gang_plan.standing(d.job, d.seen, d.installation)]
         d.actions += serving.makeable(standing, d.seen)
     d.actions += todo
-    _observe_placement(d)
+    gang_plan.observe_placement(d)
     d.draft.condition(ConditionType.RUNNING, *gang_plan.running(d.gang, d.job.shape.size))
     return d
 
 
-def _hindrance(d: _Decision) -> Verdict | None:
+def _hindrance(d: Decision) -> Verdict | None:
     """What keeps the pods from being made: then none may stand, so that no half gang holds anything."""
     if d.seen.source_problem:
         d.alarms.append(d.now + gang_plan.SOURCE_PATIENCE)
@@ -383,17 +373,11 @@ def _hindrance(d: _Decision) -> Verdict | None:
     return None
 
 
-def _observe_placement(d: _Decision) -> None:
-    status, reason, message = gang_plan.placed(d.gang, d.job, d.seen)
-    scheduler = gang_plan.delegate(d.job, d.seen, d.installation)
-    by = f"; {told(d.job, scheduler)}" if scheduler else ""
-    d.draft.condition(ConditionType.PLACED, status, reason, message + by)
-
-
 def _after_the_end(job: Job, seen: Observed, now: datetime, installation: Installation) -> Plan:
     """A finished job: clean up, and delete it when its time has come. Its status stays as it is."""
     if (due := retention.delete_at(job.spec, job.status)) is not None and now >= due:
         return Plan(job.status, (DeleteJob(),), irreversible=True)
-    deletions = tuple(DeletePod(pod) for pod in retention.pods_to_delete(job.spec, seen.pods))
+    ended = retention.pods_to_delete(job.spec, seen.pods)
+    deletions = tuple(DeletePod(pod) for pod in (*ended, *(spare for spare in seen.spares if not spare.terminating)))
     fronts = tuple(serving.no_fronts(job, seen, installation))
     return Plan(job.status, (*deletions, *fronts), look_again_at=due, irreversible=bool(deletions))

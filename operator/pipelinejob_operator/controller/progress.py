@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from pipelinejob_operator.api.recovery_status import LastRecovery, Protection
 from pipelinejob_operator.api.status import ProgressStatus, StageStatus
 from pipelinejob_operator.policy.reasons import ConditionStatus, Reason
-from pipelinejob_worker.protocol import Progress, Serving, StageTiming
+from pipelinejob_worker.protocol import RECOVERY_SINCE, AgentStatus, Progress, Serving, StageTiming
 
 SHARES = (
     "busy_percent",
@@ -72,6 +73,55 @@ def saved(step: int) -> tuple[ConditionStatus, Reason, str]:
     if step:
         return "True", Reason.SAVED, f"the newest checkpoint is of step {step}"
     return "Unknown", Reason.NOT_SAVED_YET, "no checkpoint has been written yet"
+
+
+NOT_PROTECTED_YET: tuple[ConditionStatus, Reason, str] = (
+    "Unknown",
+    Reason.NOT_PROTECTED_YET,
+    "no snapshot has been taken yet",
+)
+
+
+def protection(agent: AgentStatus) -> Protection:
+    """Copy how well the newest steps are kept."""
+    told = agent.protection
+    return Protection(
+        step=told.step,
+        guarded_step=told.guarded_step,
+        interval_steps=told.interval_steps,
+        at_risk_steps=told.at_risk_steps,
+        cost_percent=_rounded(told.cost_percent),
+    )
+
+
+def protected(agent: AgentStatus) -> tuple[ConditionStatus, Reason, str]:
+    """Conclude the condition Protected."""
+    if agent.protocol_version < RECOVERY_SINCE:
+        return (
+            "False",
+            Reason.WORKER_TOO_OLD,
+            f"the worker image speaks protocol {agent.protocol_version}, recovery of single stages needs "
+            f"{RECOVERY_SINCE}: a failure restarts the whole gang; use an image of the operator's release",
+        )
+    told = agent.protection
+    if told.problem:
+        return "False", Reason.UNPROTECTED, told.problem
+    if not told.interval_steps or not told.guarded_step:
+        return NOT_PROTECTED_YET
+    every = "each step" if told.interval_steps == 1 else f"every {told.interval_steps} steps"
+    return "True", Reason.PROTECTED, f"the state of {every} is in the memory of two pods"
+
+
+def last_recovery(agent: AgentStatus) -> LastRecovery | None:
+    """Copy what the last recovery or rescale cost; None while there was none."""
+    told = agent.recovery
+    if told.last_pause_seconds is None:
+        return None
+    return LastRecovery(
+        pause_milliseconds=_rounded(told.last_pause_seconds, 1e3),
+        resumed_step=told.resumed_step,
+        repeated_steps=told.steps_repeated,
+    )
 
 
 def _loss(loss: float | None) -> str:

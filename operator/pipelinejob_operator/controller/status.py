@@ -1,6 +1,6 @@
 """The status of a job as a pure function of what was seen and decided."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,7 +9,14 @@ from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.names import pod_selector
 from pipelinejob_operator.controller.located import Located
 from pipelinejob_operator.controller.located import summary as crossings_summary
-from pipelinejob_operator.controller.progress import checkpointed, progress_status, saved, stage_status
+from pipelinejob_operator.controller.observed import Gang, key_of
+from pipelinejob_operator.controller.progress import (
+    NOT_PROTECTED_YET,
+    checkpointed,
+    progress_status,
+    saved,
+    stage_status,
+)
 from pipelinejob_operator.policy.facts import Failure, StagePod
 from pipelinejob_operator.policy.reasons import ConditionStatus, ConditionType, Reason
 from pipelinejob_worker.protocol import ExitCode, Progress
@@ -40,14 +47,16 @@ class Draft:
         absent = {
             *(() if _saves(job) else (ConditionType.CHECKPOINTED,)),
             *(() if job.spec.serve else (ConditionType.AVAILABLE,)),
+            *(() if job.recovers else (ConditionType.PROTECTED,)),
         }
         self._shown = [kind for kind in ConditionType if kind not in absent]
         for kind in self._shown:
             if kind not in self._conditions:
-                told = (
-                    saved(job.status.progress.last_checkpoint_step) if kind == ConditionType.CHECKPOINTED else _UNTOLD
-                )
-                self.condition(kind, *told)
+                begin = {
+                    ConditionType.CHECKPOINTED: saved(job.status.progress.last_checkpoint_step),
+                    ConditionType.PROTECTED: NOT_PROTECTED_YET,
+                }
+                self.condition(kind, *begin.get(kind, _UNTOLD))
 
     def condition(self, kind: ConditionType, status: ConditionStatus, reason: Reason, message: str) -> None:
         """Set a condition; its transition time moves only when its status changes."""
@@ -70,20 +79,37 @@ class Draft:
         """Set members of the status by their names."""
         self._fields |= fields
 
-    def gang(self, pods: Mapping[int, StagePod], progress: Progress | None) -> None:
-        """Copy what the pods (rank to pod) and an agent show."""
+    def retire(self) -> None:
+        """Raise the attempt: pods are numbered anew in it, and form a group of their own."""
+        stages = [
+            item.model_copy(
+                update={"replacement": 0, "replacement_time": None, "quick_replacements": 0, "container_restarts": 0}
+            )
+            for item in self.stages
+        ]
+        self.set(attempt=self._job.status.attempt + 1, group=None, protection=None, stages=stages)
+
+    @property
+    def stages(self) -> list[StageStatus]:
+        """What the status will say of the stages."""
+        stages: list[StageStatus] = self._fields.get("stages", self._job.status.stages)
+        return stages
+
+    def gang(self, gang: Gang, progress: Progress | None) -> None:
+        """Copy what the pods and an agent show."""
         old = {(item.pipeline, item.index): item for item in self._job.status.stages}
+        shown = [(place, gang.current.get(place.rank)) for place in gang.shape.places()]
         stages = []
-        for place in self._job.shape.places():
+        for place, pod in (*shown, *gang.joining.items()):
             fresh = StageStatus(index=place.stage, pipeline=place.pipeline)
-            before, pod = old.get((place.pipeline, place.stage), fresh), pods.get(place.rank)
-            shown = (
-                {"pod": pod.name, "node": pod.node, "state": stage_state(pod)}
+            before = old.get(key_of(place), fresh)
+            seen: dict[str, Any] = (
+                {"pod": pod.name, "node": pod.node, "state": stage_state(pod), "replacement": pod.replacement or 0}
                 if pod
                 else {"pod": "", "node": "", "domains": [], "state": "Pending"}
             )
-            stages.append(before.model_copy(update=shown))
-        self.set(stages=stages, ready_stages=sum(pod.ready for pod in pods.values()))
+            stages.append(before.model_copy(update=seen))
+        self.set(stages=stages, ready_stages=sum(pod.ready for pod in gang.current.values()))
         if progress:
             self._progress(progress)
 
@@ -147,6 +173,17 @@ class Draft:
     def failed_stage(self, failure: Failure, restarts_in_a_row: int) -> None:
         """Record the first failure and count it for its stage."""
         failed = (failure.place.stage, failure.place.pipeline)
+        self.first_failure(failure)
+        self.set(
+            consecutive_restarts=restarts_in_a_row,
+            stages=[
+                item.model_copy(update={"restarts": item.restarts + ((item.index, item.pipeline) == failed)})
+                for item in self.stages
+            ],
+        )
+
+    def first_failure(self, failure: Failure) -> None:
+        """Record the first failure."""
         self.set(
             first_failure=FirstFailure(
                 stage=failure.place.stage,
@@ -158,12 +195,7 @@ class Draft:
                 message=failure.message[:MESSAGE_LIMIT],
                 step=max(failure.step, self._job.status.progress.step),
                 log_tail=list(failure.log_tail),
-            ),
-            consecutive_restarts=restarts_in_a_row,
-            stages=[
-                item.model_copy(update={"restarts": item.restarts + ((item.index, item.pipeline) == failed)})
-                for item in self._fields.get("stages", self._job.status.stages)
-            ],
+            )
         )
 
     def finish(self) -> Status:
@@ -230,25 +262,30 @@ def short_number(value: int) -> str:
 def state(status: Status) -> str:
     """One word for the whole job, derived from its conditions."""
     conditions = {item.type: item for item in status.conditions}
-
+    running = Reason(conditions[ConditionType.RUNNING].reason)
     for word, kind, status_of_it in _WORDS:
-        if conditions[kind].status == status_of_it:
-            return word
+        if conditions[kind].status == status_of_it and not (word == "Refused" and running in _ALIVE):
+            return _NOT_RUNNING.get(running, word) if kind == ConditionType.RUNNING else word
     waiting = "Starting" if conditions[ConditionType.PLACED].status == "True" else "Pending"
-    return _NOT_RUNNING.get(Reason(conditions[ConditionType.RUNNING].reason), waiting)
+    return _NOT_RUNNING.get(running, waiting)
 
 
 _WORDS = (
     ("Succeeded", ConditionType.SUCCEEDED, "True"),
     ("Failed", ConditionType.SUCCEEDED, "False"),
-    ("Refused", ConditionType.ACCEPTED, "False"),
     ("Suspended", ConditionType.SUSPENDED, "True"),
     ("Running", ConditionType.RUNNING, "True"),
+    ("Refused", ConditionType.ACCEPTED, "False"),
 )
+_ALIVE = (Reason.RECOVERING, Reason.RESCALING, Reason.MOVING)
+"""Reasons of a job that goes on in its old shape although the spec's is not accepted."""
 _NOT_RUNNING = {
     Reason.STOPPING: "Stopping",
     Reason.RESTARTING: "Restarting",
     Reason.REPLACING: "Restarting",
     Reason.FAILURE_SEEN: "Restarting",
     Reason.DRAINING: "Restarting",
+    Reason.RECOVERING: "Recovering",
+    Reason.MOVING: "Recovering",
+    Reason.RESCALING: "Rescaling",
 }

@@ -18,13 +18,15 @@ QUIET = frozenset(
         Reason.FAILURE_SEEN,
         Reason.NOT_SUSPENDED,
         Reason.NOT_SAVED_YET,
+        Reason.NOT_PROTECTED_YET,
+        Reason.RECOVERING,
         Reason.ACTIVE,
         Reason.FINISHED,
         Reason.NOT_ACCEPTED,
         Reason.FRONTS_NOT_READY,
     }
 )
-"""Reasons that every job passes through, or that repeat another condition."""
+"""Reasons that every job passes through, or that repeat another condition, or the Event of a counted failure."""
 
 GOOD = frozenset(
     {
@@ -36,6 +38,9 @@ GOOD = frozenset(
         Reason.REPLACING,
         Reason.PROVISIONING,
         Reason.DRAINING,
+        Reason.MOVING,
+        Reason.RESCALING,
+        Reason.PROTECTED,
         Reason.SUSPENDED,
         Reason.STOPPING,
         Reason.SAVED,
@@ -68,7 +73,14 @@ def notices(old: Status, new: Status) -> list[Notice]:
         kind: Literal["Normal", "Warning"] = "Normal" if reason in GOOD else "Warning"
         found[reason] = Notice(kind, reason, item.message, f"{new.attempt}/{item.last_transition_time}")
     if new.restarts > old.restarts:
-        running = next(item for item in new.conditions if item.type == ConditionType.RUNNING)
-        restart = Notice("Warning", Reason.RESTARTING, running.message, f"restart/{new.restarts}")
-        found[Reason.RESTARTING] = restart
+        found |= {notice.reason: notice for notice in [_restart(old, new)]}
     return list(found.values())
+
+
+def _restart(old: Status, new: Status) -> Notice:
+    """Tell of a counted failure: of the whole gang's restart, or of the stage that is started again alone."""
+    occasion = f"restart/{new.restarts}"
+    if new.attempt != old.attempt or new.first_failure is None:
+        running = next(item for item in new.conditions if item.type == ConditionType.RUNNING)
+        return Notice("Warning", Reason.RESTARTING, running.message, occasion)
+    return Notice("Warning", Reason.RECOVERING, new.first_failure.sentence(), occasion)

@@ -45,3 +45,25 @@ def together(labels: Mapping[str, str], level: str) -> dict[str, Any]:
         "topologyKey": level,
         "labelSelector": {"matchLabels": {key: labels[key] for key in (JOB_UID_LABEL, ATTEMPT_LABEL)}},
     }
+
+
+def elsewhere(labels: Mapping[str, str]) -> dict[str, Any]:
+    """Preferred anti-affinity term that keeps a spare off the nodes of its job's stages, so that both do not die."""
+    selector = {
+        "matchLabels": {JOB_UID_LABEL: labels[JOB_UID_LABEL]},
+        "matchExpressions": [{"key": STAGE_LABEL, "operator": "Exists"}],
+    }
+    return {"weight": HEAVIEST, "podAffinityTerm": {"topologyKey": HOST_LEVEL, "labelSelector": selector}}
+
+
+def avoid(spec: dict[str, Any], nodes: Sequence[str]) -> None:
+    """Forbid a pod these nodes, beside what its own affinity says: each of its terms must hold by itself."""
+    if not nodes:
+        return
+    rules = spec.setdefault("affinity", {}).setdefault("nodeAffinity", {})
+    selector = rules.setdefault("requiredDuringSchedulingIgnoredDuringExecution", {"nodeSelectorTerms": [{}]})
+    # The API takes one name in a list at most.
+    fields = [{"key": "metadata.name", "operator": "NotIn", "values": [name]} for name in nodes]
+    selector["nodeSelectorTerms"] = [
+        term | {"matchFields": [*term.get("matchFields", []), *fields]} for term in selector["nodeSelectorTerms"]
+    ]

@@ -36,6 +36,8 @@ class Case:
     config_bytes: int
     source_model: Model | None = None
     """The model of the job in ``model.fromJob``."""
+    known_layers: int = 0
+    """Layers of a model that only its stages can count; 0 while they have not."""
 
     @property
     def model(self) -> Model:
@@ -49,20 +51,18 @@ def check(case: Case) -> Verdict | None:
 
 
 def enough_layers(case: Case) -> Verdict | None:
-    """Every chunk of every stage needs a layer; of other sources than a preset the worker knows how many there are."""
+    """Every chunk of every stage needs a layer; of other models than presets the stages tell how many there are."""
     preset, stages = case.model.preset, case.spec.stages
     chunks = case.spec.train.schedule.chunks_per_stage if case.spec.train else 1
-    if preset is None or preset.layers + EXTRA_MODULES >= stages * chunks:
+    parts = preset.layers + EXTRA_MODULES if preset else case.known_layers
+    if not parts or parts >= stages * chunks:
         return None
-    parts = preset.layers + EXTRA_MODULES
     wanted = f"{stages} stages" if chunks == 1 else f"{stages} stages of {chunks} chunks"
     most = parts // chunks
     allowed = f"at most {most} stages; lower spec.stages" if most else f"at most {parts} chunks; lower chunksPerStage"
-    return Verdict(
-        Reason.TOO_FEW_LAYERS,
-        f"spec.stages: {wanted} for a model of {preset.layers} layers (with embedding and head {parts} parts); "
-        f"allowed: {allowed}, or give spec.model.preset more layers",
-    )
+    size = f"{preset.layers} layers (with embedding and head {parts} parts)" if preset else f"{parts} layers"
+    more = ", or give spec.model.preset more layers" if preset else ""
+    return Verdict(Reason.TOO_FEW_LAYERS, f"spec.stages: {wanted} for a model of {size}; allowed: {allowed}{more}")
 
 
 def boundaries_lie_inside(case: Case) -> Verdict | None:

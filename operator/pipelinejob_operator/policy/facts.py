@@ -15,6 +15,8 @@ from pipelinejob_operator.build.names import (
     OPENED_ANNOTATION,
     PIPELINE_LABEL,
     PIPELINES_LABEL,
+    REPLACEMENT_LABEL,
+    SPARE_LABEL,
     STAGE_LABEL,
     STAGES_LABEL,
 )
@@ -24,6 +26,9 @@ from pipelinejob_worker.protocol import WORKER_CONTAINER, ExitCode, Progress, Te
 
 Manifest = dict[str, Any]
 """A Kubernetes object as the API server sends it."""
+
+RESTARTING_CONDITION = "AllContainersRestarting"
+"""The kubelet's condition while it starts all containers of a pod anew in place."""
 
 LOG_LINES = 32
 LOG_LINE_CHARACTERS = 1024
@@ -75,13 +80,12 @@ class Waiting:
     image: str
 
 
-@dataclass(frozen=True)
-class StagePod:
-    """One stage's pod."""
+@dataclass(frozen=True, kw_only=True)
+class Pod:
+    """What stage pods and spares have in common."""
 
     name: str
     uid: str
-    place: Place
     attempt: int
     node: str = ""
     address: str = ""
@@ -91,6 +95,7 @@ class StagePod:
     ready: bool = False
     scheduled: bool = False
     unschedulable: str = ""
+    unschedulable_since: datetime | None = None
     gate: int | None = None
     """Index of our scheduling gate, if it is still closed."""
     held: tuple[str, ...] = ()
@@ -107,6 +112,9 @@ class StagePod:
     disruption: str = ""
     """Reason of the condition DisruptionTarget: who evicted or preempted it."""
     ended: Ended | None = None
+    restarting: bool = False
+    """Whether the kubelet is starting its containers anew in place, so that ``ended`` is not the end."""
+    container_restarts: int = 0
     waiting: Waiting | None = None
     started: bool = False
     active: bool = True
@@ -122,46 +130,81 @@ class StagePod:
         """Whether its worker container ended with exit code 0."""
         return self.ended is not None and self.ended.exit_code == ExitCode.SUCCEEDED
 
+    @property
+    def over(self) -> bool:
+        """Whether its worker container has ended for good."""
+        return (self.ended is not None and not self.restarting) or self.phase in ("Failed", "Succeeded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePod(Pod):
+    """One stage's pod."""
+
+    place: Place
+    replacement: int | None = None
+    """Which pod of its place it is; None where its agent does not recover by itself."""
+
     @classmethod
     def read(cls, manifest: Manifest) -> "StagePod":
         """Read a pod that carries our labels; raises KeyError or ValueError for one that does not."""
-        meta, spec, status = manifest["metadata"], manifest.get("spec", {}), manifest.get("status", {})
-        labels = meta["labels"]
-        conditions = {item["type"]: item for item in status.get("conditions", [])}
-        bound = conditions.get("PodScheduled", {})
-        worker = next(
-            (item for item in status.get("containerStatuses", []) if item["name"] == WORKER_CONTAINER),
-            Manifest(),
-        )
-        state = worker.get("state", {})
-        disruption = conditions.get("DisruptionTarget", {})
-        gates = [gate["name"] for gate in spec.get("schedulingGates", [])]
-        return cls(
-            name=meta["name"],
-            uid=meta["uid"],
-            place=_place(labels),
-            attempt=int(labels[ATTEMPT_LABEL]),
-            node=spec.get("nodeName", ""),
-            address=status.get("podIP", ""),
-            phase=status.get("phase", "Pending"),
-            reason=status.get("reason", ""),
-            message=status.get("message", ""),
-            ready=conditions.get("Ready", {}).get("status") == "True",
-            scheduled=bool(spec.get("nodeName")),
-            unschedulable=bound.get("message", "") if bound.get("reason") == "Unschedulable" else "",
-            gate=gates.index(GATE) if GATE in gates else None,
-            held=tuple(gate for gate in gates if gate != GATE),
-            finalizers=tuple(meta.get("finalizers", ())),
-            opened=Opened.read(meta.get("annotations", {}).get(OPENED_ANNOTATION)),
-            nominated=status.get("nominatedNodeName", ""),
-            membership=meta.get("annotations", {}).get(MEMBERSHIP_ANNOTATION),
-            gone_by=parse_time(meta.get("deletionTimestamp")),
-            disruption=disruption.get("reason", "") if disruption.get("status") == "True" else "",
-            ended=Ended.read(state["terminated"]) if "terminated" in state else None,
-            waiting=_waiting(status),
-            started="running" in state,
-            active=_active(status),
-        )
+        labels = manifest["metadata"]["labels"]
+        number = labels.get(REPLACEMENT_LABEL)
+        return cls(place=_place(labels), replacement=None if number is None else int(number), **_facts(manifest))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparePod(Pod):
+    """A pod without a stage that can take one over."""
+
+    index: int
+
+    @classmethod
+    def read(cls, manifest: Manifest) -> "SparePod":
+        """Read a pod that carries a spare's labels; raises KeyError or ValueError for one that does not."""
+        return cls(index=int(manifest["metadata"]["labels"][SPARE_LABEL]), **_facts(manifest))
+
+
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    """Read what every pod of a job has."""
+    meta, spec, status = manifest["metadata"], manifest.get("spec", {}), manifest.get("status", {})
+    conditions = {item["type"]: item for item in status.get("conditions", [])}
+    bound = conditions.get("PodScheduled", {})
+    stuck = bound.get("reason") == "Unschedulable"
+    worker = next(
+        (item for item in status.get("containerStatuses", []) if item["name"] == WORKER_CONTAINER),
+        Manifest(),
+    )
+    state = worker.get("state", {})
+    disruption = conditions.get("DisruptionTarget", {})
+    gates = [gate["name"] for gate in spec.get("schedulingGates", [])]
+    return {
+        "name": meta["name"],
+        "uid": meta["uid"],
+        "attempt": int(meta["labels"][ATTEMPT_LABEL]),
+        "node": spec.get("nodeName", ""),
+        "address": status.get("podIP", ""),
+        "phase": status.get("phase", "Pending"),
+        "reason": status.get("reason", ""),
+        "message": status.get("message", ""),
+        "ready": conditions.get("Ready", {}).get("status") == "True",
+        "scheduled": bool(spec.get("nodeName")),
+        "unschedulable": bound.get("message", "") if stuck else "",
+        "unschedulable_since": parse_time(bound.get("lastTransitionTime")) if stuck else None,
+        "gate": gates.index(GATE) if GATE in gates else None,
+        "held": tuple(gate for gate in gates if gate != GATE),
+        "finalizers": tuple(meta.get("finalizers", ())),
+        "opened": Opened.read(meta.get("annotations", {}).get(OPENED_ANNOTATION)),
+        "nominated": status.get("nominatedNodeName", ""),
+        "membership": meta.get("annotations", {}).get(MEMBERSHIP_ANNOTATION),
+        "gone_by": parse_time(meta.get("deletionTimestamp")),
+        "disruption": disruption.get("reason", "") if disruption.get("status") == "True" else "",
+        "ended": Ended.read(state["terminated"]) if "terminated" in state else None,
+        "restarting": conditions.get(RESTARTING_CONDITION, {}).get("status") == "True",
+        "container_restarts": int(worker.get("restartCount", 0)),
+        "waiting": _waiting(status),
+        "started": "running" in state,
+        "active": _active(status),
+    }
 
 
 def _place(labels: Mapping[str, str]) -> Place:

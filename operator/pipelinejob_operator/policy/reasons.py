@@ -18,7 +18,7 @@ class _Meaningful(StrEnum):
 
 
 class ConditionType(_Meaningful):
-    """The conditions of a PipelineJob; present from the operator's first visit, Checkpointed where a volume is set."""
+    """The conditions of a PipelineJob; present from the operator's first visit where they apply."""
 
     ACCEPTED = "Accepted", "The spec can run; False names the field and the cure, and nothing runs."
     PLACED = "Placed", "Every stage pod of the present attempt exists and has a node."
@@ -32,6 +32,11 @@ class ConditionType(_Meaningful):
     AVAILABLE = (
         "Available",
         "A client that asks now is answered: a front is ready, and a pipeline behind it. Only in mode Serve.",
+    )
+    PROTECTED = (
+        "Protected",
+        "The newest snapshot of every stage is in the memory of two pods; False tells why not. Present with recovery "
+        "strategy Ladder.",
     )
     SUCCEEDED = "Succeeded", "Unknown while the job is active; True or False is final."
 
@@ -163,6 +168,22 @@ class Reason(_Meaningful):
         "Draining",
         "A stage pod is being deleted by someone else, such as a node drain; the gang follows it.",
     )
+    RECOVERING = (
+        "Recovering",
+        "A stage failed or left; it alone is started again or replaced, the others wait for it with their state.",
+    )
+    MOVING = (
+        "Moving",
+        "A stage pod was asked to leave, such as by a node drain; it hands over to a new pod, the others stay.",
+    )
+    RESCALING = (
+        "Rescaling",
+        "The stages train on while pods for another number of stages or pipelines come up, or hand over their layers.",
+    )
+    FEWER_STAGES = (
+        "FewerStages",
+        "There is no room for all stages, so the job goes on with fewer (spec.elasticity), and grows when there is.",
+    )
     RESTARTING = "Restarting", "A stage failed; the whole gang is replaced after a back-off."
     REPLACING = (
         "Replacing",
@@ -195,12 +216,29 @@ class Reason(_Meaningful):
         "CheckpointDamaged",
         "A checkpoint on the volume is damaged, so the job went on from the one before. The message names the file.",
     )
+    # Protected
+    PROTECTED = "Protected", "The newest snapshot is in two places; the message says what a loss would cost."
+    UNPROTECTED = (
+        "Unprotected",
+        "Training goes on, but the loss of a pod costs what the checkpoint costs. The message says what is needed and "
+        "what is allowed.",
+    )
+    NOT_PROTECTED_YET = "NotProtectedYet", "No snapshot has been taken yet."
+    WORKER_TOO_OLD = (
+        "WorkerTooOld",
+        "The worker image is of a release that cannot recover single stages; a failure restarts the whole gang. Use an "
+        "image of the operator's release.",
+    )
     # Succeeded
     ACTIVE = "Active", "The job has not finished."
     ALL_STAGES_SUCCEEDED = "AllStagesSucceeded", "Every stage ended with exit code 0."
     INVALID_CONFIGURATION = (
         "InvalidConfiguration",
         "A stage found the model, the data or the volume unfit for the job. Another try cannot help.",
+    )
+    RECOVERY_RULE = (
+        "RecoveryRule",
+        "A rule of spec.recovery.rules with action FailJob matched. The message names it and the failure.",
     )
     RESTART_BUDGET_SPENT = (
         "RestartBudgetSpent",

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
+from pipelinejob_operator.api.recovery import Recovery
 from pipelinejob_operator.api.status import FirstFailure
-from pipelinejob_operator.api.v1alpha1 import Recovery
 from pipelinejob_operator.policy.facts import Failure
 
 FIRST_DELAY_SECONDS = 1

@@ -5,10 +5,10 @@ from datetime import datetime, timedelta
 
 from pipelinejob_operator.api.status import Status
 from pipelinejob_operator.api.v1alpha1 import Spec
-from pipelinejob_operator.policy.facts import StagePod, parse_time
+from pipelinejob_operator.policy.facts import Pod, parse_time
 
 
-def pods_to_delete(spec: Spec, pods: Iterable[StagePod]) -> list[StagePod]:
+def pods_to_delete(spec: Spec, pods: Iterable[Pod]) -> list[Pod]:
     """Pods of a finished job that ``podCleanupPolicy`` gives up: the running ones, all, or none."""
     match spec.pod_cleanup_policy:
         case "None":

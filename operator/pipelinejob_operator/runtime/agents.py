@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,10 @@ from pipelinejob_operator.runtime.cache import Key
 from pipelinejob_worker.protocol import PROTOCOL_VERSION, STATUS_PORT, AgentStatus
 
 PERIOD_SECONDS = 3.0
+HURRIED_SECONDS = 0.5
+"""Time between two questions to a job that recovers or hands over: something waits for the answers."""
+FRESH_SECONDS = 2 * PERIOD_SECONDS
+"""An answer that is older says nothing about who lives."""
 JITTER = 0.2
 TIMEOUT_SECONDS = 2.0
 BODY_LIMIT_BYTES = 262_144
@@ -33,6 +38,10 @@ class Target:
     addresses: tuple[str, ...]
     part: int = 0
     """Pipeline of a Serve job, of which each knows its own work only; of others always 0."""
+    leavers: tuple[str, ...] = ()
+    """Addresses of pods that hand over what they hold."""
+    hurried: bool = False
+    """Whether something waits for the answers."""
 
     @property
     def asked(self) -> tuple[str, int]:
@@ -47,6 +56,9 @@ class Agents:
         self._targets, self._wake = targets, wake
         self._last: dict[tuple[str, int], AgentStatus] = {}
         self._turn: dict[tuple[str, int], int] = {}
+        self._heard: dict[tuple[str, int], float] = {}
+        self._due: dict[tuple[str, int], float] = {}
+        self._released: dict[tuple[str, int], tuple[int, frozenset[str]]] = {}
         self._limit = asyncio.Semaphore(AT_ONCE)
 
     def last(self, uid: str, epoch: int, part: int = 0) -> AgentStatus | None:
@@ -54,17 +66,57 @@ class Agents:
         answer = self._last.get((uid, part))
         return answer if answer and answer.epoch == epoch else None
 
+    def fresh(self, uid: str, epoch: int) -> bool:
+        """Whether an agent of this incarnation has answered a moment ago."""
+        return self.last(uid, epoch) is not None and time.monotonic() - self._heard[uid, 0] < FRESH_SECONDS
+
+    def released(self, uid: str, epoch: int) -> frozenset[str]:
+        """Return the addresses of leaving pods that have given all in this epoch."""
+        of, addresses = self._released.get((uid, 0), (epoch, frozenset()))
+        return addresses if of == epoch else frozenset()
+
     async def run(self) -> None:
         """Poll for ever. A job is forgotten once it is no target any more."""
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
         async with aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()) as session:
             while True:
                 targets = self._targets()
-                asked = {target.asked for target in targets}
-                self._last = {one: last for one, last in self._last.items() if one in asked}
-                self._turn = {one: turn for one, turn in self._turn.items() if one in asked}
-                await asyncio.gather(*(self._poll(session, target) for target in targets))
-                await asyncio.sleep(PERIOD_SECONDS * (1 + random.uniform(-JITTER, JITTER)))  # noqa: S311 - spreads load
+                self._forget({target.asked for target in targets})
+                await asyncio.gather(*(self._ask(session, target) for target in targets if self._is_due(target)))
+                await asyncio.sleep(HURRIED_SECONDS)
+
+    def _forget(self, living: set[tuple[str, int]]) -> None:
+        """Forget what belongs to jobs that are no targets any more."""
+        for kept in (self._last, self._turn, self._heard, self._due, self._released):
+            for one in kept.keys() - living:
+                del kept[one]
+
+    def _is_due(self, target: Target) -> bool:
+        """Whether to ask a job now; from then on its next time counts."""
+        now = time.monotonic()
+        if not target.hurried and now < self._due.get(target.asked, now):
+            return False
+        self._due[target.asked] = now + PERIOD_SECONDS * (1 + random.uniform(-JITTER, JITTER))  # noqa: S311 - spreads load
+        return True
+
+    async def _ask(self, session: aiohttp.ClientSession, target: Target) -> None:
+        leavers = [address for address in target.leavers if address not in self.released(target.uid, target.epoch)]
+        await asyncio.gather(
+            self._poll(session, target), *(self._poll_leaver(session, target, address) for address in leavers)
+        )
+
+    async def _poll_leaver(self, session: aiohttp.ClientSession, target: Target, address: str) -> None:
+        """Ask a leaving pod whether it has given all."""
+        async with self._limit:
+            try:
+                answer = await ask(session, address)
+            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                log.debug("a leaving agent does not answer", job=str(target.key), address=address, error=str(error))
+                return
+        if answer.job_uid == target.uid and answer.epoch == target.epoch and answer.released:
+            known = self.released(target.uid, target.epoch)
+            self._released[target.uid, 0] = target.epoch, known | {address}
+            self._wake(target.key)
 
     async def _poll(self, session: aiohttp.ClientSession, target: Target) -> None:
         turn = self._turn.setdefault(target.asked, 0)
@@ -81,7 +133,11 @@ class Agents:
         metrics.AGENT_POLLS.labels("answered").inc()
         if answer.job_uid != target.uid or answer.epoch != target.epoch:
             self._turn[target.asked] = turn + 1
-        elif self._last.get(target.asked) != answer:
+            return
+        # The first stage knows most: it is asked again next time.
+        self._turn[target.asked] = 0
+        self._heard[target.asked] = time.monotonic()
+        if self._last.get(target.asked) != answer:
             self._last[target.asked] = answer
             self._wake(target.key)
 

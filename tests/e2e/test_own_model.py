@@ -21,37 +21,41 @@ SHRINKING = (
     + '''
 
 class Shrinking(Block):
-    """Forgets the last position of each microbatch from the sixth on."""
+    """Forgets the last position of each microbatch after some."""
 
     passes = 0
 
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         self.passes += 1
-        return super().forward(hidden, positions)[:, : -1 if self.passes > 5 else None]
+        return super().forward(hidden, positions)[:, : -1 if self.passes > self.faithful else None]
 
 
 class ShrinkingModel(Convolutions):
     def layer(self, index: int, seed: int) -> nn.Module:
-        return Shrinking(self.width, self.reach) if index == 1 else super().layer(index, seed)
+        layer = super().layer(index, seed)
+        if index == 1:
+            layer = Shrinking(self.width, self.reach)
+            layer.faithful = self.faithful
+        return layer
 
 
-def build_shrinking(layers: str, width: str, context: str) -> LayeredModel:
-    return ShrinkingModel(int(layers), int(width), int(context), 4)
+def build_shrinking(layers: str, width: str, context: str, faithful: str) -> LayeredModel:
+    model = ShrinkingModel(int(layers), int(width), int(context), 4)
+    model.faithful = int(faithful)
+    return model
 '''
 )
 
 
-def spec_of(namespace: kit.Namespace, source: str, function: str, **members: Any) -> kit.Object:
-    """A job with a model whose source is in a ConfigMap, on Python's path."""
+def spec_of(namespace: kit.Namespace, source: str, function: str, more: dict[str, str], **members: Any) -> kit.Object:
+    """A job with a model whose source is in a ConfigMap, on Python's path; ``more`` arguments for it."""
     namespace.apply(
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "model"}, "data": {"own_model.py": source}}
     )
     spec = kit.spec(2, 30, template=kit.template(env={"PYTHONPATH": "/models"}), **members)
-    given = {"layers": "3", "width": "32", "context": "32"}
+    given = {"layers": "3", "width": "32", "context": "32"} | more
     arguments = [{"name": name, "value": value} for name, value in given.items()]
     spec["model"] = {"module": {"function": f"own_model:{function}", "arguments": arguments}}
-    # The profile of a Balanced partition passes through the layers, too.
-    spec["partition"] = {"strategy": "Even"}
     pod = spec["template"]["spec"]
     pod["containers"][0]["volumeMounts"].append({"name": "model", "mountPath": "/models"})
     pod["volumes"].append({"name": "model", "configMap": {"name": "model"}})
@@ -62,7 +66,7 @@ def test_the_model_of_the_guide_trains_from_a_config_map(
     namespace: kit.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     namespace.claim("state")
-    spec = spec_of(namespace, CONVOLUTIONS, "build", checkpoint={"volumeClaimName": "state"})
+    spec = spec_of(namespace, CONVOLUTIONS, "build", {}, checkpoint={"volumeClaimName": "state"})
     run = kit.Job(namespace, "own", spec).create()
     run.wait_succeeded()
     (tmp_path / "own_model.py").write_text(CONVOLUTIONS)
@@ -73,9 +77,15 @@ def test_the_model_of_the_guide_trains_from_a_config_map(
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_a_hidden_state_that_changes_its_shape_ends_the_job_in_words(namespace: kit.Namespace) -> None:
-    run = kit.Job(namespace, "shrinking", spec_of(namespace, SHRINKING, "build_shrinking")).create()
+@pytest.mark.parametrize(
+    ("faithful", "maker"), [("1", "layer blocks.0"), ("40", "chunk 0")], ids=["while measured", "while trained"]
+)
+def test_a_hidden_state_that_changes_its_shape_ends_the_job_in_words(
+    namespace: kit.Namespace, faithful: str, maker: str
+) -> None:
+    spec = spec_of(namespace, SHRINKING, "build_shrinking", {"faithful": faithful})
+    run = kit.Job(namespace, "shrinking", spec).create()
     failed = run.wait("Succeeded", "False", "InvalidConfiguration")
-    assert "spec.model: chunk 0 passes on torch.float32 [4, 31, 32]; allowed:" in failed["message"], failed["message"]
+    assert f"spec.model: {maker} passes on torch.float32 [4, 31, 32]; allowed:" in failed["message"], failed["message"]
     assert "torch.float32 [4, 32, 32] in every microbatch" in failed["message"]
     assert run.status["restarts"] == 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.models import LayeredModel, ListModel, model_of
 from pipelinejob_worker.models.layered import Cost
 from pipelinejob_worker.pipeline.group import Group
@@ -103,6 +104,16 @@ def training(schedule: str = "1F1B", chunks: int = 1, **fields: Any) -> Train:
     )
 
 
+class Shrinking(Sleepers):
+    """Its inner layers pass on less than they received."""
+
+    def layer(self, index: int, seed: int) -> nn.Module:
+        layer = super().layer(index, seed)
+        whole = layer.forward
+        layer.forward = lambda hidden, positions: whole(hidden, positions)[:, 1:]
+        return layer
+
+
 def gpt(**fields: Any) -> LayeredModel:
     return model_of(Model(preset=Preset(name="gpt", layers=6, width=64, heads=4, context=32, **fields)))
 
@@ -122,6 +133,11 @@ def test_the_clock_measures_each_part_within_a_tenth() -> None:
     assert cost.forward_seconds == within_a_tenth(0.080)
     assert cost.input_seconds == within_a_tenth(0.100)
     assert cost.weight_seconds == within_a_tenth(0.060)
+
+
+def test_a_layer_that_passes_on_another_shape_is_refused_by_its_name() -> None:
+    with pytest.raises(ConfigurationError, match=r"^spec\.model: layer sleeper\.1 passes on .* \[2, 2, 4\]"):
+        cost_of(Shrinking(slowness=0.0), 1, training())
 
 
 @pytest.mark.parametrize("index", [1, 5], ids=["inside", "with the loss"])

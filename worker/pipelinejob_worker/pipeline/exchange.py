@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import distributed
 
-from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.pipeline.group import Group
 from pipelinejob_worker.pipeline.routes import Routes
 from pipelinejob_worker.pipeline.schedule import Action, Pass, Schedule
+from pipelinejob_worker.pipeline.stage import check_hidden
 from pipelinejob_worker.pipeline.timeline import Activity, Timeline
 
 RECEIVES_AHEAD = 2
@@ -67,7 +67,7 @@ class Exchange:
         """Send what ``action`` has made. Raises ConfigurationError when it is not what the receiver expects."""
         peer = self._routes.sends[action]
         with self._timeline.measure(Activity.SENDING, action.microbatch, action.chunk):
-            self._check(action, parts[0])
+            check_hidden(f"chunk {action.chunk}", parts[0], self._boundary.hidden)
             works = [self._isend(part.contiguous(), peer) for part in parts]
         self._sent.setdefault(peer, deque()).append(works)
 
@@ -108,15 +108,6 @@ class Exchange:
             for work, _ in self._sent[peer].popleft():
                 work.wait()
             self._released[peer] += 1
-
-    def _check(self, action: Action, part: torch.Tensor) -> None:
-        expected = self._boundary.hidden
-        if part.shape != expected.shape or part.dtype != expected.dtype:
-            raise ConfigurationError(
-                f"spec.model: chunk {action.chunk} passes on {part.dtype} {list(part.shape)}; allowed: "
-                f"{expected.dtype} {list(expected.shape)} in every microbatch, as the model announces; correct its "
-                "layers, width or context"
-            )
 
 
 def _links(group: Group, schedule: Schedule) -> dict[tuple[int, int], distributed.ProcessGroup]:

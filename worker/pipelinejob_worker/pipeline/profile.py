@@ -18,7 +18,7 @@ from pipelinejob_worker.models import LayeredModel
 from pipelinejob_worker.pipeline.group import Group
 from pipelinejob_worker.pipeline.partition import LayerCost
 from pipelinejob_worker.pipeline.schedule import SPLITS_BACKWARD
-from pipelinejob_worker.pipeline.stage import RandomState, StageChunk, prepare_layers
+from pipelinejob_worker.pipeline.stage import RandomState, StageChunk, check_hidden, prepare_layers
 from pipelinejob_worker.protocol import Train
 from pipelinejob_worker.state.files import write_durably
 
@@ -204,6 +204,7 @@ class _Layer:
         )
         self._targets = torch.randint(model.vocabulary, tokens.shape, device=device)
         self._positions = torch.arange(tokens.shape[1], device=device).expand(tokens.shape)
+        self._name, self._hidden = model.names[index], None if last else hidden
         self._gradient = None if last else torch.ones(hidden.shape, dtype=hidden.dtype, device=device)
         self._splits = train.schedule.name in SPLITS_BACKWARD and index > 0  # nobody waits for the gradient of tokens
 
@@ -240,7 +241,11 @@ class _Layer:
         return sum(parameter.numel() * parameter.element_size() for parameter in self._module.parameters())
 
     def _forward(self) -> torch.Tensor:
-        return self._chunk.forward(0, self._received, self._positions, self._targets)
+        output = self._chunk.forward(0, self._received, self._positions, self._targets)
+        if self._hidden is not None:
+            # Between layers of one stage another type is no matter: autocast decides.
+            check_hidden(f"layer {self._name}", output, self._hidden.to(output.dtype))
+        return output
 
     def _timed(self, run: Callable[[], Result]) -> tuple[Result, float]:
         self._wait()

@@ -82,6 +82,15 @@ def _run_seeded(run: Callable[..., Any], seed: int, *args: Any, **kwargs: Any) -
     return run(*args, **kwargs)
 
 
+def check_hidden(maker: str, hidden: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise ConfigurationError when what ``maker`` passes on has another shape or type than the model announces."""
+    if hidden.shape != expected.shape or hidden.dtype != expected.dtype:
+        raise ConfigurationError(
+            f"spec.model: {maker} passes on {hidden.dtype} {list(hidden.shape)}; allowed: {expected.dtype} "
+            f"{list(expected.shape)} in every microbatch, as the model announces; correct its layers, width or context"
+        )
+
+
 @dataclass
 class _Forward:
     """What a forward pass leaves for its backward pass: the input, and where the backward starts."""

@@ -52,11 +52,29 @@ def processes(node: str = "") -> list[int]:
     pids: set[int] = set()
     for root in _roots():
         for file in (root / node).glob("**/cgroup.procs"):
-            try:
-                pids.update(int(line) for line in file.read_text().split())
-            except OSError:  # the group went away, or is threaded: its domain lists the process
-                continue
+            pids.update(listed(file.parent))
     return sorted(pids)
+
+
+def listed(group: Path) -> list[int]:
+    """Return the processes in one group."""
+    try:
+        return [int(line) for line in (group / "cgroup.procs").read_text().split()]
+    except OSError:  # the group went away, or is threaded: its domain lists the process
+        return []
+
+
+def of_pod(uid: str) -> list[Path]:
+    """Return the groups of a pod's containers that count its memory; the sandbox is one of them."""
+    (root,) = (root for root in _roots() if _unified() or root.parent.name == "memory")
+    return [file.parent for file in root.glob(f"*/kubepods/**/pod{uid}/*/cgroup.procs")]
+
+
+def memory_files(group: Path) -> tuple[Path, Path]:
+    """Return the files that hold what a group uses, and what it may use, in bytes."""
+    if _unified():
+        return group / "memory.current", group / "memory.max"
+    return group / "memory.usage_in_bytes", group / "memory.limit_in_bytes"
 
 
 def remove(node: str = "") -> None:

@@ -10,7 +10,7 @@ TABLE = f"inet {settings.NFT_TABLE}"
 GUARDED_PORTS = f"{settings.API_PORT}, {settings.KUBELET_PORT}"
 BASE_RULES = f"""
 table {TABLE} {{
-    # Pairs of addresses that a test has cut off from each other: see faults.py.
+    # Pairs of addresses that a test has cut off from each other: see faults/links.py.
     set cut {{ type ipv4_addr . ipv4_addr; }}
     # Network policies, kept by the agent: see policy.py.
     chain ingress {{ }}

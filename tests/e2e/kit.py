@@ -126,7 +126,7 @@ class Namespace:
             dump=lambda: kubectl("describe", "pod", "runner", "-n", self.name),
         )
         # A container counts as ended when its process has; the runtime may still be copying what it printed.
-        text = wait_for(
+        text: str = wait_for(
             "all that the command printed is in its log",
             lambda: (log := kubectl("logs", "runner", "-n", self.name)).endswith(f"{END_OF_LOG}\n") and log,
         ).removesuffix(f"{END_OF_LOG}\n")
@@ -237,7 +237,7 @@ class Job:
     def events(self) -> list[str]:
         """Reasons of the job's Events, oldest first."""
         found = self.namespace.list("events")
-        mine = [e for e in found if (e.get("involvedObject") or e.get("regarding"))["name"] == self.name]
+        mine = [e for e in found if (e.get("involvedObject") or e["regarding"])["name"] == self.name]
         return [e["reason"] for e in sorted(mine, key=lambda e: str(e["metadata"]["creationTimestamp"]))]
 
     def wait_events(self, *reasons: str) -> None:

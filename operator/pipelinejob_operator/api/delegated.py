@@ -9,6 +9,8 @@ from pipelinejob_worker.protocol.rules import cel, rule
 
 Scheduler = Literal["Auto", "Affinity", "PodGroup", "Kueue", "Volcano", "SchedulerPlugins"]
 
+_QUEUE = "(has(self.queueName) && self.queueName != '')"
+
 
 class Delegated(Wire):
     """Who places the stages where the strategy is Delegated. All pods are created before any may be scheduled."""
@@ -17,13 +19,13 @@ class Delegated(Wire):
         json_schema_extra=cel(
             rule(
                 ".queueName",
-                "self.to != 'Kueue' || self.queueName != ''",
+                f"self.to != 'Kueue' || {_QUEUE}",
                 "'Kueue admits jobs by queue; allowed: the name of a LocalQueue of the namespace'",
                 "FieldValueRequired",
             ),
             rule(
                 ".queueName",
-                "self.queueName == '' || self.to in ['Kueue', 'Volcano']",
+                f"!{_QUEUE} || self.to in ['Kueue', 'Volcano']",
                 "'%s has no queues; allowed: none, or to: Kueue or Volcano'.format([self.to])",
                 "FieldValueForbidden",
             ),

@@ -19,6 +19,10 @@ _DOMAIN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
 _WHY = "{" + ", ".join(f"'{name}': '{why}'" for name, why in RESERVED_NCCL.items()) + "}"
 
 
+def _given(field: str) -> str:
+    return f"has(self.{field}) && self.{field} != ''"
+
+
 def _names(*keys: str) -> dict[str, Any]:
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(keys)}
 
@@ -65,7 +69,7 @@ class NetworkClaim(Wire):
         json_schema_extra=cel(
             rule(
                 ".resourceClaimTemplateName",
-                "(self.resourceClaimTemplateName != '') != (self.resourceClaimName != '')",
+                f"({_given('resourceClaimTemplateName')}) != ({_given('resourceClaimName')})",
                 "'claim %s needs exactly one source; allowed: resourceClaimTemplateName, for a claim of each pod, or "
                 "resourceClaimName, for one that all share'.format([self.name])",
             )

@@ -88,7 +88,7 @@ pictures: $(VENV)/complete ## Measure and draw a step of every schedule for the 
 
 .PHONY: bench-placement
 bench-placement: $(VENV)/complete ## Time the planner of placements on large made-up clusters; cost beside other ways.
-	@$(PYTHON) -m tools.bench_placement
+	@$(PYTHON) -m tools.bench.placement
 
 ##@ Develop
 

@@ -49,19 +49,19 @@ def controller_manager(plane: ControlPlane, *, fast: bool) -> Program:
     return Program(plane.home, "kube-controller-manager", argv, ready)
 
 
-def scheduler(plane: ControlPlane, *, fast: bool) -> Program:
-    """Return the scheduler."""
+def scheduler(plane: ControlPlane, *, fast: bool, port: int = settings.SCHEDULER_PORT) -> Program:
+    """Return the scheduler, whose health is served on ``port``."""
     user = "system:kube-scheduler"
     argv = (
         plane.binaries / "kube-scheduler",
         f"--kubeconfig={plane.authority.kubeconfig(plane.home / 'scheduler.kubeconfig', plane.server, user)}",
         f"--bind-address={LOOPBACK}",
-        f"--secure-port={settings.SCHEDULER_PORT}",
+        f"--secure-port={port}",
         "--leader-elect=false",
         *(FAST_CLIENT if fast else ()),
         *plane.configuration.gate_flags(),
     )
-    return Program(plane.home, "kube-scheduler", argv, _serves(settings.SCHEDULER_PORT, "/healthz"))
+    return Program(plane.home, "kube-scheduler", argv, _serves(port, "/healthz"))
 
 
 def proxy(plane: ControlPlane) -> Program:

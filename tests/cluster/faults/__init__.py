@@ -5,6 +5,7 @@ What lasts is a context manager: inside it holds, afterwards all is well again. 
     with faults.dead_node("node-2"): ...
     with faults.drained_node("node-2"): ...
     with faults.feature_gates(RestartAllContainersOnContainerExits=False): ...
+    with faults.gangs(): ...
     with faults.cut("10.244.1.2", "10.244.2.2"): ...
     with faults.slow("10.244.1.2", "10.244.2.2", "10mbit"): ...
     with faults.small_volume("shared-3", "2m") as volume: volume.resize("8m")
@@ -12,7 +13,7 @@ What lasts is a context manager: inside it holds, afterwards all is well again. 
     faults.out_of_memory(uid)
 """
 
-from tests.cluster.faults.api_server import feature_gates, stopped_api_server
+from tests.cluster.faults.api_server import feature_gates, gangs, stopped_api_server
 from tests.cluster.faults.containers import (
     Process,
     StageProcesses,
@@ -34,6 +35,7 @@ __all__ = [
     "dead_node",
     "drained_node",
     "feature_gates",
+    "gangs",
     "interface_of",
     "kill_container",
     "kill_sandbox",

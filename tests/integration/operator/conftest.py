@@ -23,11 +23,12 @@ _numbers = itertools.count(1)
 def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """etcd and an API server that knows PipelineJobs."""
     with ControlPlane(tmp_path_factory.mktemp("plane")) as made:
-        asyncio.run(_install(made))
+        asyncio.run(install(made))
         yield made
 
 
-async def _install(plane: ControlPlane) -> None:
+async def install(plane: ControlPlane) -> None:
+    """Make PipelineJobs known, and the users that operators are."""
     api = await Api.open(plane.kubeconfig)
     try:
         crds = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"

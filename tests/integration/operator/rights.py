@@ -38,11 +38,13 @@ CLUSTER_WIDE = [
 GROUP = "rbac.authorization.k8s.io"
 
 
-def bindings(user: str, rules: list[dict[str, list[str]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def bindings(user: str, rules: list[dict[str, list[str]]], role: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield path and manifest of a ClusterRole with these rules and its binding to a user."""
-    api, name = f"{GROUP}/v1", user
-    role = {"apiVersion": api, "kind": "ClusterRole", "metadata": {"name": name}, "rules": rules}
-    yield f"/apis/{api}/clusterroles", role
+    api, name = f"{GROUP}/v1", role or user
+    yield (
+        f"/apis/{api}/clusterroles",
+        {"apiVersion": api, "kind": "ClusterRole", "metadata": {"name": name}, "rules": rules},
+    )
     yield (
         f"/apis/{api}/clusterrolebindings",
         {

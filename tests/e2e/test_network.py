@@ -38,7 +38,12 @@ def https_server(namespace: kit.Namespace) -> Iterator[str]:
         "command": ["python3", "-c", SERVE],
         "readinessProbe": {"tcpSocket": {"port": HTTPS}, "periodSeconds": 1},
     }
-    spec = {"terminationGracePeriodSeconds": 0, "automountServiceAccountToken": False, "containers": [container]}
+    spec = {
+        "terminationGracePeriodSeconds": 0,
+        "automountServiceAccountToken": False,
+        "securityContext": {"sysctls": [{"name": "net.ipv4.ip_unprivileged_port_start", "value": "0"}]},
+        "containers": [container],
+    }
     namespace.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "hub"}, "spec": spec})
     kit.kubectl("wait", "pod/hub", "-n", namespace.name, "--for=condition=Ready", "--timeout=60s")
     yield kit.get("pod", "hub", "-n", namespace.name)["status"]["podIP"]

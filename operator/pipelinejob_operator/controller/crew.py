@@ -8,7 +8,7 @@ from pipelinejob_operator.build.pods import stage_pod
 from pipelinejob_operator.controller import gang as gang_plan
 from pipelinejob_operator.controller import group as group_plan
 from pipelinejob_operator.controller import spares
-from pipelinejob_operator.controller.actions import ApplyObject, CreatePod, OpenGate, SetMembership
+from pipelinejob_operator.controller.actions import ApplyObject, CreatePod, SetMembership
 from pipelinejob_operator.controller.decision import Decision
 from pipelinejob_operator.controller.observed import key_of
 from pipelinejob_operator.policy import recovery
@@ -35,11 +35,10 @@ def fill(d: Decision) -> None:
         _occupy(d, place, ready)
     if first and missing:
         return
-    d.actions += [OpenGate(pod) for pod in d.gang.joining.values() if pod and _gated(pod)]
-    if gated := [pod for pod in d.gang.current.values() if _gated(pod)]:
-        # A plan is of the shape that the spec asks for; near their neighbours all pods are drawn anyway.
-        planned = d.gang.shape == d.job.shape
-        d.actions += gang_plan.gates(d.job, gated, d.seen) if planned else [OpenGate(pod) for pod in gated]
+    members = [pod for pod in d.gang.current.values() if _gated(pod)]
+    # Who is to join waits behind its gate while a stage lacks its node: what room there is belongs to that.
+    if gated := members or [pod for pod in d.gang.joining.values() if pod and _gated(pod)]:
+        d.actions += gang_plan.gates(d.job, gated, d.seen)
 
 
 def _gated(pod: StagePod) -> bool:
@@ -137,7 +136,7 @@ def _changing(d: Decision, told: gang_plan.Told) -> gang_plan.Told:
     """Say what the running group is on its way to."""
     wanted, shape = d.job.shape, d.gang.shape
     if wanted != shape:
-        waits = [pod for pod in d.gang.joining.values() if pod and pod.unschedulable]
+        waits = [pod for pod in d.gang.joining.values() if pod and _why_waits(d, pod)]
         if waits and d.job.spec.elasticity.min_stages is not None:
             return "True", Reason.FEWER_STAGES, _fewer(d, waits[0])
         return "True", Reason.RESCALING, f"{shape} train on while pods for {wanted} come up"
@@ -148,4 +147,9 @@ def _changing(d: Decision, told: gang_plan.Told) -> gang_plan.Told:
 
 
 def _fewer(d: Decision, pod: StagePod) -> str:
-    return f"{d.gang.shape} run where {d.job.shape} are wanted; {pod.place} finds no node: {pod.unschedulable}"
+    return f"{d.gang.shape} run where {d.job.shape} are wanted; {pod.place} finds no node: {_why_waits(d, pod)}"
+
+
+def _why_waits(d: Decision, pod: StagePod) -> str:
+    """Why a pod has no node, in the words of kube-scheduler or of the planner; empty where it may have one soon."""
+    return d.seen.unplaced.message if d.seen.unplaced and _gated(pod) else pod.unschedulable

@@ -179,7 +179,9 @@ def _placed(pod: StagePod | None) -> bool:
 
 def _lacking_since(d: Decision, place: Place) -> datetime | None:
     pod = d.gang.current.get(place.rank)
-    return pod.unschedulable_since if pod else None
+    if pod is None or (pod.gate is not None and d.seen.unplaced is None):
+        return None
+    return pod.unschedulable_since
 
 
 def _seated(d: Decision, group: GroupStatus | None, shape: Shape, pods: list[StagePod]) -> GroupStatus:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from pipelinejob_operator.api.placement import CrossingStatus, PlacementStatus
 from pipelinejob_operator.build.job import Job
+from pipelinejob_operator.build.place import Shape
 from pipelinejob_operator.placement.fit import Node
 from pipelinejob_operator.placement.planner import cost_of
 from pipelinejob_operator.placement.topology import Level, path
@@ -18,22 +19,22 @@ class Located:
     """What the status shows of a placement."""
 
     status: PlacementStatus
-    domains: Mapping[int, tuple[str, ...]]
-    """By rank: from the widest level to the narrowest above the host."""
+    domains: Mapping[tuple[int, int], tuple[str, ...]]
+    """By pipeline and stage: from the widest level to the narrowest above the host."""
 
 
-def locate(job: Job, gang: Mapping[int, StagePod], nodes: Sequence[Node], levels: Sequence[Level]) -> Located:
+def locate(
+    job: Job, shape: Shape, gang: Mapping[int, StagePod], nodes: Sequence[Node], levels: Sequence[Level]
+) -> Located:
     """Look at a job's gang (rank to pod) of which every pod has a node; ``nodes`` holds these."""
-    shape = job.shape
-    names = [gang[rank].node for rank in range(shape.size)]
-    result = cost_of(nodes, levels, names, shape.pipelines)
+    result = cost_of(nodes, levels, [gang[rank].node for rank in range(shape.size)], shape.pipelines)
     known = {node.name: path(node, levels)[:-1] for node in nodes}
     crossings = [
         CrossingStatus(level=item.level, count=item.chain, between_pipelines=item.ring) for item in result.crossings
     ]
     return Located(
         PlacementStatus(strategy=strategy(job, gang), crossings=crossings, cost=str(result.cost)),
-        {rank: known[name] for rank, name in enumerate(names)},
+        {(place.pipeline, place.stage): known[gang[place.rank].node] for place in shape.places()},
     )
 
 

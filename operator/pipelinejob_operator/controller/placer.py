@@ -22,7 +22,7 @@ from pipelinejob_operator.controller.waiting import Waiting
 from pipelinejob_operator.placement.fit import Node
 from pipelinejob_operator.placement.planner import Infeasible, Plan
 from pipelinejob_operator.placement.topology import TopologyError
-from pipelinejob_operator.policy.facts import Manifest, StagePod
+from pipelinejob_operator.policy.facts import Manifest
 from pipelinejob_operator.policy.reasons import Reason
 from pipelinejob_operator.runtime import metrics
 from pipelinejob_operator.runtime.cache import Cache, Key
@@ -105,13 +105,13 @@ class Placer:
             planned = job.spec.placement.strategy == "Planned"
             return replace(seen, unfit_levels=str(error)) if planned else seen
         gang = Gang.of(job, seen)
-        if not gang.complete(job.shape.size):
+        if not gang.complete(gang.shape.size):
             return seen
         found = [self._inventory.node(name) for name in {pod.node for pod in gang.current.values()}]
         nodes = [node for node in found if node is not None]
         if len(nodes) < len(found):
             return seen
-        return replace(seen, located=locate(job, gang.current, nodes, tree))
+        return replace(seen, located=locate(job, gang.shape, gang.current, nodes, tree))
 
     def note_release(self, job: Job, node: str) -> None:
         """Leave ``node`` out for a while; without one, pause the job's provisioning."""
@@ -147,7 +147,7 @@ class Placer:
             gated = self._inventory.gated().get(job.uid)
             if asking is None or not gated:
                 return self._not_ready(job)
-            pods = {StagePod.read(pod).place.rank: pod for pod in gated.values()}
+            pods = {rank: gated[uid] for rank, uid in asking.pods.items()}
             if names := await self._storage.dynamic(name for item in asking.demands for name, _ in item.requests):
                 log.info("devices are handed out dynamically, so kube-scheduler chooses", resources=sorted(names))
                 return await self._open_unplanned(job, pods, DYNAMIC_RESOURCES)

@@ -21,12 +21,14 @@ Amounts = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Request:
-    """A gang, or the missing stages of one, that asks for nodes. ``demands`` are by rank."""
+    """A gang, or the missing stages of one, that asks for nodes. ``demands`` and ``pods`` are by rank."""
 
     job: str
     uid: str
     shape: Shape
     demands: tuple[Demand, ...]
+    pods: Mapping[int, str] = field(default_factory=dict)
+    """UIDs of the pods that are to get a node."""
     priority: int = 0
     created: datetime = datetime.max
     keep: Mapping[int, str] = field(default_factory=dict)

@@ -115,12 +115,11 @@ class Draft:
 
     def located(self, located: Located) -> None:
         """Copy how near the stages are to each other."""
-        size = self._job.shape.stages
         stages: list[StageStatus] = self._fields.get("stages", self._job.status.stages)
         self.set(
             placement=located.status,
             stages=[
-                item.model_copy(update={"domains": list(located.domains.get(item.pipeline * size + item.index, ()))})
+                item.model_copy(update={"domains": list(located.domains.get((item.pipeline, item.index), ()))})
                 for item in stages
             ],
         )

@@ -8,8 +8,9 @@ from pydantic import ValidationError
 from pipelinejob_operator.api.placement import HOST_LABEL
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.names import JOB_LABEL
+from pipelinejob_operator.build.place import Shape
 from pipelinejob_operator.controller.observe import owned_pods
-from pipelinejob_operator.controller.observed import Gang, Observed
+from pipelinejob_operator.controller.observed import Gang, Observed, key_of
 from pipelinejob_operator.controller.placing import Request
 from pipelinejob_operator.placement.fit import Demand, demand
 from pipelinejob_operator.placement.topology import Level, TopologyError, choose_labels, levels
@@ -89,25 +90,27 @@ class Waiting:
     async def _read(
         self, key: Key, job: Job, pods: list[StagePod], gated: Mapping[str, Manifest], before: Mapping[int, str]
     ) -> Request | None:
-        gang = Gang.of(job, Observed(pods))
-        if job.spec.placement.strategy != "Planned" or not gang.complete(job.shape.size):
+        shape, stages = _to_place(job, Gang.of(job, Observed(pods)))
+        uids = {rank: pod.uid for rank, pod in stages.items() if pod.uid in gated}
+        keep = {rank: node for rank, pod in stages.items() if rank not in uids and (node := node_of(pod))}
+        if job.spec.placement.strategy != "Planned" or not uids or len(keep) + len(uids) < shape.size:
+            return None
+        if any(self._inventory.node(name) is None for name in keep.values()):
             return None
         asked: dict[int, Demand] = {}
         one_node = False
-        for pod in gated.values():
-            affinities, tied = await self._storage.of(pod)
-            one_node |= tied and job.shape.size > 1
-            asked[StagePod.read(pod).place.rank] = demand(pod, affinities)
-        keep = {rank: node for rank, pod in gang.current.items() if rank not in asked and (node := node_of(pod))}
-        if len(keep) + len(asked) < job.shape.size or any(self._inventory.node(name) is None for name in keep.values()):
-            return None
+        for rank, uid in uids.items():
+            affinities, tied = await self._storage.of(gated[uid])
+            one_node |= tied and shape.size > 1
+            asked[rank] = demand(gated[uid], affinities)
         any_demand = asked[min(asked)]
         return Request(
             job=str(key),
             uid=job.uid,
-            shape=job.shape,
-            demands=tuple(asked.get(rank, any_demand) for rank in range(job.shape.size)),
-            priority=max(pod["spec"].get("priority") or 0 for pod in gated.values()),
+            shape=shape,
+            demands=tuple(asked.get(rank, any_demand) for rank in range(shape.size)),
+            pods=uids,
+            priority=max(gated[uid]["spec"].get("priority") or 0 for uid in uids.values()),
             created=self._created(key),
             keep=keep,
             current={} if keep else before,
@@ -119,6 +122,14 @@ class Waiting:
     def _created(self, key: Key) -> datetime:
         manifest = self._cache.job(key)
         return parse_time(manifest["metadata"]["creationTimestamp"] if manifest else None) or datetime.now(UTC)
+
+
+def _to_place(job: Job, gang: Gang) -> tuple[Shape, Mapping[int, StagePod]]:
+    """What is planned next: the gang with the stages that it lacks, and only then with those that are to join it."""
+    if not gang.joining or any(pod.gate is not None for pod in gang.current.values()):
+        return gang.shape, gang.current
+    present = {key_of(pod.place): pod for pod in (*gang.current.values(), *gang.joining.values()) if pod}
+    return job.shape, {place.rank: pod for place in job.shape.places() if (pod := present.get(key_of(place)))}
 
 
 def node_of(pod: StagePod) -> str:

@@ -96,6 +96,7 @@ class Pod:
     scheduled: bool = False
     unschedulable: str = ""
     unschedulable_since: datetime | None = None
+    """Since when kube-scheduler refuses it, or it waits behind our gate."""
     gate: int | None = None
     """Index of our scheduling gate, if it is still closed."""
     held: tuple[str, ...] = ()
@@ -189,7 +190,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "ready": conditions.get("Ready", {}).get("status") == "True",
         "scheduled": bool(spec.get("nodeName")),
         "unschedulable": bound.get("message", "") if stuck else "",
-        "unschedulable_since": parse_time(bound.get("lastTransitionTime")) if stuck else None,
+        "unschedulable_since": parse_time(bound.get("lastTransitionTime")) if stuck or GATE in gates else None,
         "gate": gates.index(GATE) if GATE in gates else None,
         "held": tuple(gate for gate in gates if gate != GATE),
         "finalizers": tuple(meta.get("finalizers", ())),

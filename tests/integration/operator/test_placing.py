@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -400,3 +401,51 @@ async def test_an_operator_of_one_namespace_leaves_the_choice_to_kube_scheduler_
         await api.create(JOBS, job_manifest(namespace))
         job = await eventually(lambda: api.job(namespace), state("Running"))
         assert "the operator is installed for one namespace, so it cannot see the nodes" in message(job, "Placed")
+
+
+async def test_a_lost_stage_comes_back_near_its_neighbours_and_the_others_stay(
+    api: Api, namespace: str, kubelet: Kubelet, nodes: Nodes, operator: Callable[..., Operator]
+) -> None:
+    for name, gpus, rack in (("b1", 1, "b"), ("a1", 2, "a"), ("a2", 2, "a"), ("a3", 1, "a")):
+        await nodes.add(name, gpus, rack)
+    with running(operator(everywhere=True)):
+        await api.create(JOBS, wants(namespace, recovery={"strategy": "Ladder"}))
+        await eventually(lambda: api.job(namespace), state("Running"))
+        before = await api.pods(namespace)
+        stood = pinned(namespace, before)
+        assert all(name.startswith("a") for name in stood)
+        await nodes.set(stood[0], "/spec/unschedulable", True)
+        await api.delete(PODS, namespace, before[0]["metadata"]["name"], before[0]["metadata"]["uid"])
+        after = await eventually(lambda: api.pods(namespace), partial(replaced, before[0]))
+        moved, *others = pinned(namespace, after)
+        assert others == stood[1:]
+        assert moved in {"a1", "a2", "a3"} - {stood[0]}, "the rack of its neighbours"
+        assert [pod["metadata"]["uid"] for pod in after[1:]] == [pod["metadata"]["uid"] for pod in before[1:]]
+
+
+def replaced(old: Manifest, pods: list[Manifest]) -> bool:
+    """Whether three pods are open, and one of them takes the place of an old one."""
+    uids = {pod["metadata"]["uid"] for pod in pods}
+    return (
+        len(pods) == 3 and old["metadata"]["uid"] not in uids and all("schedulingGates" not in p["spec"] for p in pods)
+    )
+
+
+async def test_a_stage_that_joins_a_running_pipeline_goes_beside_the_last_one(
+    api: Api, namespace: str, kubelet: Kubelet, nodes: Nodes, operator: Callable[..., Operator]
+) -> None:
+    for name, gpus, rack in (("b1", 2, "b"), ("c1", 1, "c"), ("c2", 1, "c")):
+        await nodes.add(name, gpus, rack)
+    with running(operator(everywhere=True)):
+        await api.create(JOBS, wants(namespace, recovery={"strategy": "Ladder"}))
+        await eventually(lambda: api.job(namespace), state("Running"))
+        before = pinned(namespace, await api.pods(namespace))
+        await nodes.add("a1", 8, "a")
+        await nodes.add("z1", 8, "c" if before[2].startswith("c") else "b")
+        await api.set_spec(namespace, stages=4)
+        pods = await eventually(
+            lambda: api.pods(namespace), lambda pods: len(pods) == 4 and len(pinned(namespace, pods)) == 4
+        )
+        assert pinned(namespace, pods)[:3] == before
+        assert pinned(namespace, pods)[3] in ("z1", "c1", "c2", "b1")
+        assert pinned(namespace, pods)[3] != "a1"

@@ -13,7 +13,7 @@ from pipelinejob_operator.build.membership import member, shape_of
 from pipelinejob_operator.build.names import SPARE_LABEL, STAGE_LABEL
 from pipelinejob_operator.build.place import Place, Shape
 from pipelinejob_operator.controller.actions import Action, CreatePod, DeletePod, OpenGate, SetMembership
-from pipelinejob_operator.controller.observed import Refusal
+from pipelinejob_operator.controller.observed import Refusal, Unplaced
 from pipelinejob_operator.controller.plan import Plan
 from pipelinejob_operator.policy.facts import SparePod, StagePod
 from pipelinejob_operator.policy.reasons import Reason
@@ -753,6 +753,19 @@ class TestElasticity:
         assert deleted(made.actions) == ["tiny-s1-a0-r1"]
         assert created(made.actions) == ["tiny-s3-a0-r1"], "it waits for room"
         assert made.status.restarts == 1, "the loss of the node, and nothing since"
+
+    def test_that_no_plan_fits_counts_like_a_schedulers_no(self) -> None:
+        """The new pod waits behind its gate, so kube-scheduler never hears of it."""
+        world = running(job(elasticity={"minStages": 2, "shrinkAfterSeconds": 30}))
+        world.lose("tiny-s1-a0")
+        world.settle()
+        world.swap(replace(stuck(1, 1), gate=0, unschedulable=""))
+        waits = Unplaced(Reason.NO_PLAN, "0 of 1 stages fit", NOW + seconds(300), 1)
+        world.settle(plans=True, unplaced=waits)
+        world.now += seconds(30)
+        assert world.look(plans=True).status.group == world.job.status.group, "it may find a node at any moment"
+        made = world.look(plans=True, unplaced=waits)
+        assert (made.status.group and made.status.group.stages) == 3
 
     def test_it_says_so_and_grows_back_when_there_is_room(self) -> None:
         world = self.lacking(minStages=2, shrinkAfterSeconds=30)

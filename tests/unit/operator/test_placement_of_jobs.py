@@ -15,6 +15,7 @@ from pipelinejob_operator.policy.reasons import Reason
 from tests.unit.operator.builders import (
     INSTALLATION,
     NOW,
+    THREE,
     decide,
     gated,
     job,
@@ -105,7 +106,8 @@ class TestStatus:
     NODES = tuple(Node(name, {"zone": "z", "rack": rack}, {}) for name, rack in (("n1", "a"), ("n2", "a"), ("n3", "b")))
 
     def located(self, *pods: StagePod) -> Located:
-        return locate(job(), {item.place.rank: item for item in pods}, self.NODES, levels(["zone", "rack"]))
+        gang = {item.place.rank: item for item in pods}
+        return locate(job(), THREE, gang, self.NODES, levels(["zone", "rack"]))
 
     def test_it_shows_domains_and_crossings(self) -> None:
         pods = [noted(0, "n1"), noted(1, "n2"), noted(2, "n3")]

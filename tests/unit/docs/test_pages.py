@@ -23,6 +23,8 @@ from pipelinejob_worker.protocol import (
     ExitCode,
     Membership,
     Progress,
+    ProtectionStatus,
+    RecoveryStatus,
     Serving,
     StageTiming,
 )
@@ -81,7 +83,8 @@ def test_every_metric_of_a_stage_is_explained() -> None:
     shares = {name: 1 for name, field in StageTiming.model_fields.items() if field.annotation == int | None}
     numbers = {name: 1 for name, field in Progress.model_fields.items() if field.annotation == float | None}
     progress = Progress(**numbers, stages=[StageTiming(stage=0, busy_percent=1, **shares)], serving=Serving())
-    told = agent_metrics(AgentStatus(job_uid="1", stage=0, epoch=1, state="Running", progress=progress))
+    measured = {"protection": ProtectionStatus(cost_percent=1), "recovery": RecoveryStatus(last_pause_seconds=1)}
+    told = agent_metrics(AgentStatus(job_uid="1", stage=0, epoch=1, state="Running", progress=progress, **measured))
     served = re.findall(r"^# TYPE (\w+) (\w+)$", told, re.MULTILINE)
     assert [(name, kind) for name, kind, _, _ in table(METRICS, "Stages")] == served
     assert {labels for _, _, labels, _ in table(METRICS, "Stages")} == {"stage"}

@@ -33,13 +33,17 @@ def until(what: Callable[[], Value | None]) -> Value:
 class Pod:
     """A stage pod: its volumes are directories, its container is an agent's process."""
 
-    def __init__(self, directory: Path, stage: int = 0, checkpoints: Path | None = None, **settings: Any) -> None:
+    def __init__(
+        self, directory: Path, stage: int = 0, checkpoints: Path | None = None, script: str = "", **settings: Any
+    ) -> None:
+        """``script``: Python that the worker runs in place of training, with its link to the agent as ``link``."""
         self.info = directory / f"pod-info-{stage}"
         self.info.mkdir()
         self._termination = directory / f"termination-{stage}"
         self._output = directory / f"output-{stage}"
         self.port = free_port()
-        self._settings = {
+        self._script = script
+        self.settings = {
             "job": "small",
             "job_uid": "uid-1",
             "stage": stage,
@@ -48,19 +52,23 @@ class Pod:
             "checkpoint_directory": str(checkpoints or directory),
             "scratch_directory": str(self.info),
             "termination_log": str(self._termination),
+            "recovery_directory": str(self.info),
             "status_port": self.port,
+            "address": "127.0.0.1",
+            "pieces_port": free_port(),
+            "entry": "tests.unit.worker.scripted:work" if script else "",
         } | settings
 
     def __enter__(self) -> Self:
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.unit.worker.launch_agent", json.dumps(self._settings)],
+                [sys.executable, "-m", "tests.unit.worker.launch_agent", json.dumps(self.settings)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
                 env=environment
-                | {"PYTHONPATH": f"{ROOT}/worker:{ROOT}", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"},
+                | {"PYTHONPATH": f"{ROOT}/worker:{ROOT}", "GLOO_SOCKET_IFNAME": "lo", "WORKER_SCRIPT": self._script},
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Runs an agent with other paths, another port or another worker than in a pod: the settings as JSON."""
+"""Runs an agent with other paths, another port or another program than in a pod: the settings as JSON."""
 
 import json
 import sys
@@ -9,8 +9,6 @@ from pipelinejob_worker.agent.settings import Settings
 
 if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
-    for path in ("pod_info", "checkpoint_directory", "scratch_directory", "termination_log"):
+    for path in ("pod_info", "checkpoint_directory", "scratch_directory", "recovery_directory", "termination_log"):
         settings[path] = Path(settings[path])
-    if "worker" in settings:
-        settings["worker"] = tuple(settings["worker"])
     sys.exit(run(Settings(**settings)))

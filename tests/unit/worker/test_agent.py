@@ -2,7 +2,6 @@
 
 import json
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,7 @@ from tests.unit.worker.agents import Pod, until
 from tests.unit.worker.jobs import job
 
 LINK = """
-import json, os, signal, socket, sys, time
-link = socket.socket(fileno=int(sys.argv[1]))
+import json, os, signal, sys, time
 lines = link.makefile("rb")
 def tell(**event):
     link.sendall(json.dumps(event).encode() + b"\\n")
@@ -27,7 +25,7 @@ stages = [{"stage": 0, "busyPercent": 71, "layers": "0-2"}]
 tell(kind="reached", progress={"step": 3, "totalSteps": 12, "loss": 2.5, "bubblePercent": 29.0, "stages": stages})
 """
 OBEY = """
-assert json.loads(lines.readline()) == {"kind": "drain"}
+assert json.loads(lines.readline()) == {"kind": "drain", "checkpoint": True}
 sys.exit(79)
 """
 IGNORE = """
@@ -37,7 +35,7 @@ time.sleep(600)
 
 def pod(directory: Path, *script: str, **settings: object) -> Pod:
     """A pod whose worker runs these parts."""
-    return Pod(directory, worker=(sys.executable, "-c", LINK + "".join(script)), **settings)
+    return Pod(directory, script=LINK + "".join(script), **settings)
 
 
 def membership(epoch: int = 1, **members: object) -> Membership:
@@ -114,7 +112,7 @@ def test_a_worker_that_does_not_drain_is_killed_after_the_deadline(tmp_path: Pat
         assert stage.exit_code() == 137
         assert stage.termination.reason == "DrainDeadline"
         worker = next(line.split()[1] for line in stage.output.splitlines() if line.startswith("pid "))
-        assert not Path("/proc", worker).exists()
+        until(lambda: not Path("/proc", worker).exists())
 
 
 @pytest.mark.parametrize(
@@ -148,6 +146,7 @@ def test_the_end_of_the_worker_is_the_end_of_the_pod(
 def test_the_last_lines_of_the_worker_are_kept_and_all_are_passed_on(tmp_path: Path) -> None:
     script = "print('x' * 100_000)\nfor n in range(1000): print('line', n, 'é' * 50)\nsys.exit('the last word')\n"
     with pod(tmp_path, script) as stage:
+        stage.write("config", job(tmp_path).to_json())
         assert stage.exit_code() == 1
         assert stage.termination.log_tail[-1] == "the last word"
         assert stage.termination.log_tail[-2].startswith("line 999 ")

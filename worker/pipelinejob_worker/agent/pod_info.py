@@ -33,28 +33,30 @@ async def config(directory: Path) -> WorkerConfig:
     return parse(WorkerConfig, "configuration", text)
 
 
-async def memberships(directory: Path, stage: int, pipeline: int) -> AsyncIterator[Membership]:
+async def memberships(directory: Path, place: tuple[int, int] | None) -> AsyncIterator[Membership]:
     """Yield the membership whenever its epoch has grown, for ever. Raises as ``newer_membership`` does."""
     seen = 0
     while True:
-        membership = newer_membership(_read(directory / MEMBERSHIP_FILE), stage, seen, pipeline)
+        membership = newer_membership(_read(directory / MEMBERSHIP_FILE), place, seen)
         if membership:
             seen = membership.epoch
             yield membership
         await asyncio.sleep(POLL_SECONDS)
 
 
-def newer_membership(text: str, stage: int, seen_epoch: int, pipeline: int = 0) -> Membership | None:
+def newer_membership(text: str, place: tuple[int, int] | None, seen_epoch: int) -> Membership | None:
     """Return the membership that ``text`` holds, or None when it is empty or not newer than ``seen_epoch``.
 
-    Raises ConfigurationError as ``parse`` does, or when it is of another stage or pipeline.
+    Raises ConfigurationError as ``parse`` does, or when it is of another stage and pipeline than ``place``; without
+    one a pod may get another stage with each epoch.
     """
     if not text.strip():
         return None
     membership = parse(Membership, "membership", text)
     if membership.epoch <= seen_epoch:
         return None
-    if (membership.stage, membership.pipeline) != (stage, pipeline):
+    if place and (membership.stage, membership.pipeline) != place:
+        stage, pipeline = place
         raise ConfigurationError(
             f"membership: is of stage {membership.stage} of pipeline {membership.pipeline}; allowed: this pod's stage "
             f"{stage} of pipeline {pipeline}; delete the pod, the operator makes a new one"

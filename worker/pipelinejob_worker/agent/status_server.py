@@ -40,7 +40,7 @@ async def serve(port: int, status: Callable[[], AgentStatus], trace: Path) -> As
 
     async def answer_readiness(_: web.Request) -> web.Response:
         state = status().state
-        return web.Response(text=f"{state}\n", status=200 if state == "Running" else 503)
+        return web.Response(text=f"{state}\n", status=200 if state in ("Running", "Standby") else 503)
 
     application = web.Application()
     application.add_routes(
@@ -101,6 +101,27 @@ def _gauges(status: AgentStatus) -> list[_Gauge]:
         ("bubble_ratio", "Idle share of all stages.", _ratio(progress.bubble_percent)),
         ("bubble_limit_ratio", "Idle share that the schedule allows.", _ratio(progress.bubble_limit_percent)),
         ("bubble_predicted_ratio", "Idle share that was promised.", _ratio(progress.bubble_predicted_percent)),
+        *_recovery(status),
+    ]
+
+
+def _recovery(status: AgentStatus) -> list[_Gauge]:
+    """What a failure would cost, and what the last one did."""
+    protection, recovery, traffic = status.protection, status.recovery, status.traffic
+    return [
+        ("recovering", "Whether the stage waits for its group to form anew.", float(status.state == "Recovering")),
+        ("incarnation_attempt", "Lives of the group within the epoch.", status.incarnation_attempt),
+        ("worker_restarts", "Workers that were started anew in this pod.", status.worker_restarts),
+        ("snapshot_step", "Step of the newest snapshot in this pod's memory.", protection.step),
+        ("guarded_step", "Newest step of which the snapshot is in another pod, too.", protection.guarded_step),
+        ("snapshot_interval_steps", "Steps between two snapshots.", protection.interval_steps),
+        ("at_risk_steps", "Steps that the loss of a node would cost.", protection.at_risk_steps),
+        ("unprotected", "Whether something keeps steps from being protected.", float(bool(protection.problem))),
+        ("snapshot_cost_ratio", "Share of the time that snapshots take.", _ratio(protection.cost_percent)),
+        ("pieces_sent_bytes", "Snapshot payload sent to other pods.", traffic.pieces_sent_bytes),
+        ("pieces_received_bytes", "Snapshot payload received.", traffic.pieces_received_bytes),
+        ("recovery_pause_seconds", "How long the last recovery or rescale took.", recovery.last_pause_seconds),
+        ("recovery_repeated_steps", "Steps that it computed again.", recovery.steps_repeated),
     ]
 
 

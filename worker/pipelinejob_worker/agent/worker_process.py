@@ -1,57 +1,56 @@
-"""The worker as a child process: its link, its output and its end."""
+"""The worker as a child process: its link, its output and its end; and the zygote that forks it."""
 
 import asyncio
 import contextlib
+import signal
 import socket
-import sys
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from typing import BinaryIO, Self
 
-from pipelinejob_worker.link import EVENT, LINE_LIMIT_BYTES, Assignment, Drain, Event
-
-TAIL_LINES = 32
-TAIL_LINE_CHARACTERS = 512
-OUTPUT_LINE_BYTES = 1 << 16
-CLOSE_SECONDS = 1.0
+from pipelinejob_worker.agent.log_pipe import TAIL_LINES, LogPipe
+from pipelinejob_worker.agent.program import Program
+from pipelinejob_worker.agent.zygote import ForkedWorker, Zygote, ZygoteDiedError
+from pipelinejob_worker.link import EVENT, LINE_LIMIT_BYTES, Event, Order
 
 
 class WorkerProcess:
-    """A running worker. ``tail`` holds the last lines of its output."""
+    """A running worker."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        forked: ForkedWorker,
+        log: LogPipe,
+        link: socket.socket,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
-        self._process = process
+        self._forked = forked
+        self._log = log
+        self._link = link
         self._reader = reader
         self._writer = writer
-        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
-        assert process.stdout and process.stderr
-        self._tees = [
-            asyncio.create_task(self._tee(process.stdout, sys.stdout.buffer)),
-            asyncio.create_task(self._tee(process.stderr, sys.stderr.buffer)),
-        ]
 
-    @classmethod
-    async def start(cls, command: Sequence[str]) -> Self:
-        """Start ``command`` with the descriptor of its end of the link as the last argument."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                str(theirs.fileno()),
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                limit=OUTPUT_LINE_BYTES,
-                start_new_session=True,  # a signal to the agent's group reaches the agent alone, which drains
-            )
-        return cls(process, *await asyncio.open_connection(sock=ours, limit=LINE_LIMIT_BYTES))
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._forked.pid
 
-    def send(self, message: Assignment | Drain) -> None:
-        """Tell the worker; one that has just died does not hear it, and its end says more."""
-        self._writer.write(message.to_json().encode() + b"\n")
+    @property
+    def running(self) -> bool:
+        """Whether no end has been reported."""
+        return self._forked.running
+
+    def send(self, order: Order, descriptors: Sequence[int] = ()) -> None:
+        """Tell the worker; one that has just died does not hear it, and its end says more.
+
+        ``descriptors`` go with the order, which nothing may be waiting to be sent before.
+        """
+        line = order.to_json().encode() + b"\n"
+        sent = 0
+        if descriptors:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                sent = socket.send_fds(self._link, [line], descriptors)
+        self._writer.write(line[sent:])
 
     async def events(self) -> AsyncIterator[Event]:
         """What the worker tells, until it closes the link. Raises ValueError when it is not an event."""
@@ -61,34 +60,62 @@ class WorkerProcess:
 
     async def end(self) -> int:
         """Wait for the end and for the last lines of output; return the exit code, negative for a signal."""
-        code = await self._process.wait()
-        # A process that the worker has started may hold the pipes open: it must not hold the agent.
-        await asyncio.wait(self._tees, timeout=CLOSE_SECONDS)
+        code = await self._forked.wait()
+        await self._log.end()
+        self._writer.close()
         return code
 
-    async def kill(self) -> None:
+    def kill(self) -> None:
         """End the process now, if it still runs."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self.end()
-        self._writer.close()
-
-    async def _tee(self, stream: asyncio.StreamReader, output: BinaryIO) -> None:
-        async for line in _lines(stream):
-            output.write(line)
-            output.flush()
-            self.tail.append(line.decode(errors="replace").rstrip()[:TAIL_LINE_CHARACTERS])
+        self._forked.send_signal(signal.SIGKILL)
 
 
-async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """Lines of ``stream``; one longer than its limit comes in parts, and the last may have no end."""
-    while True:
+class Nursery:
+    """The zygote of a job's workers, and another one when it has died. ``tail``: the last lines of their output."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._zygote: Zygote | None = None
+        self._log: LogPipe | None = None
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+
+    async def ready(self) -> None:
+        """Wait until a worker can start at once. Raises ZygoteDiedError when it cannot import what it needs."""
+        await (await self._living()).ready()
+
+    async def start(self) -> WorkerProcess:
+        """Start a worker. Raises ZygoteDiedError, or OSError when there is no memory or process number left."""
+        zygote = await self._living()
+        ours, theirs = socket.socketpair()
+        log = await LogPipe.open(self.tail)
+        assert log.descriptor is not None
         try:
-            line = await stream.readuntil(b"\n")
-        except asyncio.LimitOverrunError as error:
-            line = await stream.read(error.consumed)
-        except asyncio.IncompleteReadError as error:
-            line = error.partial
-        if not line:
-            return
-        yield line
+            with theirs:
+                forked = await zygote.fork(theirs, log.descriptor)
+        except BaseException:
+            ours.close()
+            await log.end()
+            raise
+        log.handed_over()
+        return WorkerProcess(forked, log, ours, *await asyncio.open_connection(sock=ours, limit=LINE_LIMIT_BYTES))
+
+    async def stop(self) -> None:
+        """End the zygote and all its workers."""
+        if self._zygote:
+            await self._zygote.stop()
+        if self._log:
+            await self._log.end()
+
+    async def _living(self) -> Zygote:
+        if self._zygote is None or not self._zygote.alive:
+            if self._log:
+                await self._log.end()
+            self._log = await LogPipe.open(self.tail)
+            self._zygote = await Zygote.start(
+                self._program.entry, preload=self._program.preload, output=self._log.descriptor
+            )
+            self._log.handed_over()
+        return self._zygote
+
+
+__all__ = ["Nursery", "WorkerProcess", "ZygoteDiedError"]

@@ -14,6 +14,7 @@ import asyncio
 import ctypes
 import gc
 import importlib
+import io
 import os
 import select
 import signal
@@ -21,7 +22,7 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, Self, cast
 
@@ -30,9 +31,6 @@ import structlog
 from pipelinejob_worker.logs import configure
 
 log = structlog.get_logger()
-
-WORKER_ENTRY = "pipelinejob_worker.train.worker:work"
-"""Function that a forked worker calls with its link; what it returns is the exit code."""
 
 SINGLE_THREADED = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """Environment that keeps numpy's and Arrow's libraries from starting threads when they are imported."""
@@ -92,10 +90,19 @@ class Zygote:
         asyncio.get_running_loop().add_reader(connection, self._receive)
 
     @classmethod
-    async def start(cls, entry: str = WORKER_ENTRY, environment: Mapping[str, str] = os.environ) -> Self:
-        """Start a zygote, which imports the module of ``entry`` (``module:function``) while this returns.
+    async def start(
+        cls,
+        entry: str,
+        environment: Mapping[str, str] = os.environ,
+        *,
+        preload: Sequence[str] = (),
+        output: int | None = None,
+    ) -> Self:
+        """Start a zygote, which imports the module of ``entry`` and those of ``preload`` while this returns.
 
-        Its workers have ``environment`` and what keeps libraries from starting threads.
+        ``entry``: ``module:function`` that a worker calls with its link; what it returns is the exit code. Workers
+        have ``environment`` and what keeps libraries from starting threads. ``output``: descriptor of the zygote's
+        own output and errors, if they are not the agent's.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
@@ -107,8 +114,11 @@ class Zygote:
                 entry,
                 str(theirs.fileno()),
                 str(os.getpid()),
+                *preload,
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
                 env={**environment, **SINGLE_THREADED},
                 start_new_session=True,  # a signal to the agent's group reaches the agent alone
             )
@@ -194,12 +204,14 @@ class Zygote:
 
 
 def main() -> int:
-    """Serve an agent: ``python -m pipelinejob_worker.agent.zygote <entry> <descriptor> <agent's process id>``."""
+    """Serve an agent: ``python -m pipelinejob_worker.agent.zygote <entry> <descriptor> <agent's pid> <preload>...``."""
     entry, descriptor, agent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     _die_with(agent)
     configure(process="zygote")
     module, _, function = entry.partition(":")
     work = cast(Callable[[socket.socket], int], getattr(importlib.import_module(module), function))
+    for each in sys.argv[4:]:
+        importlib.import_module(each)
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads > 1:
         log.warning("imports have started threads: forked workers may hang", threads=threads)
@@ -255,6 +267,10 @@ def _run(work: Callable[[socket.socket], int], link: socket.socket) -> NoReturn:
     try:
         with link:
             code = work(link)
+    except SystemExit as error:  # as the interpreter takes it
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if not isinstance(error.code, int | None):
+            print(error.code, file=sys.stderr)
     except BaseException:  # noqa: BLE001 - as the interpreter does it: say why, and exit with 1
         traceback.print_exc()
         code = 1
@@ -272,6 +288,7 @@ def _become_worker(zygote: int, output: int, others: list[int]) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(line_buffering=True)  # a kill must not take the last lines along
 
 
 def _reap(agent: socket.socket, pid: int, process: int) -> None:

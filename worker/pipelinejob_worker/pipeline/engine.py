@@ -19,13 +19,49 @@ from pipelinejob_worker.protocol import Train
 Load = Callable[[int], Batch]
 
 
+class Built:
+    """The chunks of one stage with their weights, which may outlive the group that they are trained in."""
+
+    def __init__(
+        self,
+        model: LayeredModel,
+        train: Train,
+        schedule: Schedule,
+        chunks: Sequence[range],
+        *,
+        stage: int,
+        device: torch.device,
+    ) -> None:
+        """Build the layers of ``stage``; ``chunks`` are those of the whole model, in their order. Not collective."""
+        self.state = RandomState(train.seed)
+        self._ranges = _ranges(schedule, chunks, stage)
+        self.modules: dict[int, Chunk] = {}
+        for index, layers in self._ranges.items():
+            module = model.build(layers, train.seed).to(device)
+            if train.data.packing == "Documents":
+                check_packing(model, module, device)
+            prepare_layers(module, train, self.state)
+            self.modules[index] = module
+
+    def fits(self, schedule: Schedule, chunks: Sequence[range], stage: int) -> bool:
+        """Whether these are the chunks of that stage, too."""
+        return self._ranges == _ranges(schedule, chunks, stage)
+
+
 class Engine:
     """Forward and backward passes of one stage; knows neither optimizer nor data."""
 
     def __init__(
-        self, model: LayeredModel, train: Train, schedule: Schedule, chunks: Sequence[range], group: Group
+        self,
+        model: LayeredModel,
+        train: Train,
+        schedule: Schedule,
+        chunks: Sequence[range],
+        group: Group,
+        *,
+        built: Built | None = None,
     ) -> None:
-        """Build the stage's layers. ``chunks`` are the layers of all chunks of the model, in their order.
+        """Build the stage's layers, unless they are ``built``. ``chunks``: the layers of all chunks, in their order.
 
         Collective over all ranks.
         """
@@ -35,19 +71,15 @@ class Engine:
         self._group = group
         self._schedule = schedule
         share = train.microbatches // group.pipelines
-        self._state = RandomState(train.seed, group.pipeline * share)
+        built = built or Built(model, train, schedule, chunks, stage=group.stage, device=group.device)
+        self._state = built.state
+        self._state.first_microbatch = group.pipeline * share
         self.first_microbatch = self._state.first_microbatch
         self.microbatches = share
         samples = train.global_batch_size // train.microbatches
         carries = train.data.packing == "Documents"
         last = len(chunks) - 1
-        self._modules: dict[int, Chunk] = {}
-        for index in schedule.chunks_of(group.stage):
-            module = model.build(chunks[index], train.seed).to(group.device)
-            if carries:
-                check_packing(model, module, group.device)
-            prepare_layers(module, train, self._state)
-            self._modules[index] = module
+        self._modules = built.modules
         self.layers: Mapping[int, nn.Module] = {
             layer: module for chunk in self._modules.values() for layer, module in chunk.layers.items()
         }
@@ -59,7 +91,9 @@ class Engine:
         positions = torch.arange(model.context).expand(samples, model.context)
         boundary = Boundary(model.hidden(samples), positions.to("meta") if carries else None)
         exchange = Exchange(group, boundary, schedule, self.timeline)
-        self._executor = Executor(stage_chunks, last, exchange, self.timeline, positions.to(group.device))
+        self._executor = Executor(
+            stage_chunks, last, exchange, self.timeline, positions.to(group.device), moves=group.computing
+        )
         self._routes = routes(schedule, group.stage)
         forward = forward_schedule(schedule, share)
         self._forward_order, self._forward_routes = forward.orders[group.stage], routes(forward, group.stage)
@@ -85,3 +119,7 @@ class Engine:
 
     def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self._model.loss(logits, targets) / self.loss_divisor
+
+
+def _ranges(schedule: Schedule, chunks: Sequence[range], stage: int) -> dict[int, range]:
+    return {index: chunks[index] for index in schedule.chunks_of(stage)}

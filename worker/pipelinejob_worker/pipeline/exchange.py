@@ -55,7 +55,7 @@ class Exchange:
         peer = self._routes.receives[action]
         while action not in self._posted:  # messages that are used later have come before it
             self._post(peer)
-        with self._timeline.measure(Activity.WAITING, action.microbatch, action.chunk):
+        with self._timeline.measure(Activity.WAITING, action.microbatch, action.chunk), self._group.waiting():
             parts = self._posted.pop(action)
             for work, _ in parts:
                 work.wait()
@@ -73,7 +73,7 @@ class Exchange:
 
     def finish_step(self) -> None:
         """Wait until all messages have arrived."""
-        with self._timeline.measure(Activity.SENDING):
+        with self._timeline.measure(Activity.SENDING), self._group.waiting():
             for messages in self._sent.values():
                 for parts in messages:
                     for work, _ in parts:

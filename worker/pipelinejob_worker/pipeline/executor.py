@@ -43,13 +43,19 @@ class Executor:
         exchange: Exchange,
         timeline: Timeline,
         positions: torch.Tensor,
+        *,
+        moves: Callable[[], None] = lambda: None,
     ) -> None:
-        """``positions`` are those of samples that are one document: they stay here, others travel."""
+        """``positions`` are those of samples that are one document: they stay here, others travel.
+
+        ``moves`` is called before each pass.
+        """
         self._chunks = chunks
         self._last = last_chunk
         self._exchange = exchange
         self._timeline = timeline
         self._positions = positions
+        self._moves = moves
 
     def run(self, step: Step) -> list[torch.Tensor]:
         """Run all actions; return the losses of the microbatches in their order, where the last chunk is."""
@@ -59,6 +65,7 @@ class Executor:
         remaining = {chunk: sum(_completes(action, chunk) for action in step.order) for chunk in self._chunks}
         self._exchange.begin_step(step.routes)
         for action in step.order:
+            self._moves()
             self._run(action)
             if _completes(action, action.chunk):
                 remaining[action.chunk] -= 1

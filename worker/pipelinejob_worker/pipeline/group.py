@@ -13,6 +13,7 @@ import torch
 from torch import distributed
 
 from pipelinejob_worker.protocol import Env, Membership
+from pipelinejob_worker.recovery.pulse import Doing, LeaveError, Pulse
 
 RENDEZVOUS_LIMIT = timedelta(minutes=5)
 """How long a stage waits for the others to appear."""
@@ -20,7 +21,10 @@ RENDEZVOUS_LIMIT = timedelta(minutes=5)
 SILENCE_LIMIT = timedelta(minutes=10)
 """How long a stage waits for a message of another before it takes it for lost."""
 
-POLL_SECONDS = 10.0
+WATCHED_SILENCE_LIMIT = timedelta(days=7)
+"""The same where agents watch the ranks: they know who computes for long, and who is lost, and free those who wait."""
+
+POLL_SECONDS = 1.0
 """How often ranks that wait for work of unknown length exchange a message."""
 
 Result = TypeVar("Result")
@@ -52,6 +56,18 @@ def prepare_device() -> torch.device:
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """Where the ranks meet for one incarnation of their group, if not at the address in the membership."""
+
+    name: str
+    port: int
+    listener: int | None
+    """On rank 0: descriptor of a socket that listens there already, so that no rank comes too early."""
+
+    pulse: Pulse
+
+
+@dataclass(frozen=True)
 class Group:
     """This stage's place among all stages of all pipelines.
 
@@ -65,6 +81,25 @@ class Group:
     pipelines: int = 1
     replicas: distributed.ProcessGroup | None = None
     """The copies of this stage in the order of the pipelines; None where there is one."""
+
+    pulse: Pulse | None = None
+    """Where an agent watches: what it sees of this rank."""
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Say that the block waits for other ranks.
+
+        Raises LeaveError before and after the block if the agent has ordered to leave the group.
+        """
+        if self.pulse:
+            self.pulse.move(Doing.WAITING)
+        yield
+        self.computing()
+
+    def computing(self) -> None:
+        """Say that this rank computes, and is not stuck. Raises LeaveError."""
+        if self.pulse:
+            self.pulse.move(Doing.COMPUTING)
 
     @property
     def rank(self) -> int:
@@ -91,8 +126,9 @@ class Group:
         Where all ranks but one hold zero the sum is exact, in any order: that is how values are exchanged.
         """
         total = values.to(self.device)
-        distributed.all_reduce(total)
-        return total.cpu()
+        with self.waiting():
+            distributed.all_reduce(total)
+            return total.cpu()
 
     def gather(self, *values: int) -> list[list[int]]:
         """Return the ``values`` of every rank, in their order; integers of 64 bits."""
@@ -120,7 +156,7 @@ class Group:
 
 
 @contextmanager
-def joined(membership: Membership, device: torch.device) -> Iterator[Group]:
+def joined(membership: Membership, device: torch.device, meeting: Meeting | None = None) -> Iterator[Group]:
     """Meet the other stages at the master's store and form the group; leave it at the end.
 
     NCCL connects CUDA devices, gloo everything else. An error of a link to another stage, here or inside the
@@ -129,23 +165,27 @@ def joined(membership: Membership, device: torch.device) -> Iterator[Group]:
     """
     stage, rank = membership.stage, membership.rank
     try:
-        store = distributed.TCPStore(  # type: ignore[attr-defined]
-            "localhost" if rank == 0 else membership.master_address,
-            membership.master_port,
-            world_size=membership.world_size,
-            is_master=rank == 0,
-            timeout=RENDEZVOUS_LIMIT,
-        )
         distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=distributed.PrefixStore(f"epoch-{membership.epoch}", store),  # type: ignore[attr-defined]
+            store=_store(membership, meeting),
             rank=rank,
             world_size=membership.world_size,
-            timeout=SILENCE_LIMIT,
+            timeout=WATCHED_SILENCE_LIMIT if meeting else SILENCE_LIMIT,
         )
+        replicas = _join_replicas(membership)
+        if meeting:
+            meeting.pulse.move(Doing.STARTING)
         yield Group(
-            stage, membership.stages, device, membership.pipeline, membership.pipelines, _join_replicas(membership)
+            stage,
+            membership.stages,
+            device,
+            membership.pipeline,
+            membership.pipelines,
+            replicas,
+            meeting.pulse if meeting else None,
         )
+    except LeaveError:
+        raise
     except Exception as error:
         if is_link_error(error):
             raise PeerLostError(f"stage {stage} lost a link to another stage: {_cause(error)}") from error
@@ -153,6 +193,19 @@ def joined(membership: Membership, device: torch.device) -> Iterator[Group]:
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def _store(membership: Membership, meeting: Meeting | None) -> "distributed.PrefixStore":  # type: ignore[name-defined]
+    master = membership.rank == 0
+    store = distributed.TCPStore(  # type: ignore[attr-defined]
+        "localhost" if master else membership.master_address,
+        meeting.port if meeting else membership.master_port,
+        world_size=membership.world_size,
+        is_master=master,
+        timeout=RENDEZVOUS_LIMIT,
+        master_listen_fd=meeting.listener if meeting else None,
+    )
+    return distributed.PrefixStore(meeting.name if meeting else f"epoch-{membership.epoch}", store)  # type: ignore[attr-defined]
 
 
 def _join_replicas(membership: Membership) -> distributed.ProcessGroup | None:

@@ -15,8 +15,10 @@ from pipelinejob_worker.protocol.recovery import (
 )
 from pipelinejob_worker.protocol.serve import Serving
 
-AgentState = Literal["Waiting", "Starting", "Running", "Recovering", "Draining", "Succeeded", "Failed"]
-"""``Recovering``: it has run, and waits for the next incarnation of its group; since protocol 4."""
+AgentState = Literal["Waiting", "Standby", "Starting", "Running", "Recovering", "Draining", "Succeeded", "Failed"]
+"""``Recovering``: it has run, and waits for the next incarnation of its group. ``Standby``: a spare that could start a
+worker at once. Both since protocol 4.
+"""
 
 TERMINATION_LIMIT_BYTES = 4096
 """The kubelet keeps no more of a termination message."""

@@ -18,9 +18,13 @@ from pipelinejob_worker.recovery.messages import (
     Applied,
     Beat,
     Broken,
+    Done,
+    Finished,
     Join,
     Plan,
     Refused,
+    Released,
+    Settled,
     Start,
     ToCoordinator,
     ToMember,
@@ -165,6 +169,10 @@ class CoordinatorServer:
                     self._send(self._coordinator.applied(rank, message))
                 elif isinstance(message, Broken):
                     self._send(self._coordinator.broken(rank, message))
+                elif isinstance(message, Settled):
+                    self._send(self._coordinator.settled(message))
+                elif isinstance(message, Finished):
+                    self._send(self._coordinator.finished(rank, message))
         finally:
             if rank is not None and self._channels.get(rank) is channel:
                 del self._channels[rank]
@@ -196,6 +204,12 @@ class Member:
         self.refused = ""
         """Why the coordinator has not let this rank join, empty after it has."""
 
+        self.released = False
+        """Whether this rank, which leaves, has given all that is needed of it."""
+
+        self.done = asyncio.Event()
+        """Set when all ranks have finished."""
+
     @property
     def incarnation(self) -> Incarnation | None:
         """The incarnation that this rank is in; None while the next one is being agreed on."""
@@ -226,6 +240,11 @@ class Member:
         if self._channel:
             self._channel.send(Broken(incarnation=incarnation, reason=reason, message=message[:1024], own=own))
 
+    def tell(self, message: Settled | Finished) -> None:
+        """Tell the coordinator; if it does not arrive, the next incarnation tells it again."""
+        if self._channel:
+            self._channel.send(message)
+
     async def _take_part(self, channel: Channel) -> None:
         channel.send(await self._stage.join())
         while message := await channel.receive():
@@ -240,6 +259,10 @@ class Member:
                 case Abort(incarnation=incarnation) if self._plan and incarnation == self._plan.incarnation:
                     await self._leave(message.reason)
                     channel.send(await self._stage.join())
+                case Released():
+                    self.released = True
+                case Done():
+                    self.done.set()
                 case Refused(reason=reason):
                     if reason != self.refused:
                         log.info("not allowed to join yet", reason=reason)

@@ -29,6 +29,7 @@ from pipelinejob_worker.recovery.transport import (
     Traffic,
     TransferError,
     connect,
+    listen,
 )
 
 log = structlog.get_logger()
@@ -128,8 +129,7 @@ class PieceServer:
 
     async def start(self, host: str, port: int = 0) -> int:
         """Listen; return the port."""
-        self._listener = socket.create_server((host, port), backlog=128)
-        self._listener.setblocking(False)
+        self._listener = listen(host, port)
         asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener)
         bound: int = self._listener.getsockname()[1]
         return bound
@@ -251,13 +251,13 @@ class PieceServer:
 class PieceClient:
     """Sends this rank's pieces to its guard, and fetches what it lacks. Counts what it moves."""
 
-    def __init__(self, store: SlotStore, job_uid: str, rank: int) -> None:
+    def __init__(self, store: SlotStore, job_uid: str, rank: int, traffic: Traffic | None = None) -> None:
         self._store = store
         self._job_uid = job_uid
         self._rank = rank
         self._reserved: Reserve | None = None
         self._reserved_by: tuple[Address, Incarnation] | None = None
-        self.traffic = Traffic()
+        self.traffic = traffic or Traffic()
 
     async def guard(
         self,

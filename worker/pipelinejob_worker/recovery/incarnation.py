@@ -3,15 +3,29 @@
 It keeps nothing that its successor would miss: every attempt begins with what all ranks tell.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from pipelinejob_worker.protocol import FAILURES_KEPT, FailureRecord
 from pipelinejob_worker.recovery.agreement import agree
-from pipelinejob_worker.recovery.messages import Abort, Applied, Broken, Join, Plan, Refused, Start
+from pipelinejob_worker.recovery.cut import Cut
+from pipelinejob_worker.recovery.messages import (
+    Abort,
+    Applied,
+    Broken,
+    Done,
+    Finished,
+    Join,
+    Plan,
+    Refused,
+    Released,
+    Settled,
+    Start,
+)
 from pipelinejob_worker.recovery.pieces import Incarnation, Lineage
 from pipelinejob_worker.recovery.placement import copy_holders
 
-Outgoing = Mapping[int, Plan | Start | Abort]
+Outgoing = Mapping[int, Plan | Start | Abort | Released | Done]
 """Messages by rank."""
 
 
@@ -48,6 +62,18 @@ class Coordinator:
         self.failures: list[Failure] = []
         """Of the newest incarnation, in the order in which they were told."""
 
+        self._records: dict[tuple[int, float], FailureRecord] = {}
+        self._settled = False
+        """Whether nothing is needed of those that leave."""
+
+        self._finished: set[int] = set()
+        self.done = False
+
+    @property
+    def records(self) -> list[FailureRecord]:
+        """The newest failures that the ranks have told, in the order of their times."""
+        return sorted(self._records.values(), key=lambda record: record.at)[-FAILURES_KEPT:]
+
     @property
     def missing(self) -> list[int]:
         """Ranks that have not joined the attempt that is being gathered."""
@@ -72,6 +98,14 @@ class Coordinator:
 
     def join(self, join: Join) -> Outgoing:
         """A rank has joined, which ``refusal`` allows; a rank that had joined before has begun anew."""
+        self._records |= {(record.rank, record.at): record for record in join.failures}
+        self._records = {(record.rank, record.at): record for record in self.records}
+        if self.done:
+            return {join.rank: Done()}
+        if join.rank < self._world_size and join.present == self._world_size:
+            self._settled = True
+        if join.rank >= self._world_size and self._settled:
+            return {join.rank: Released()}
         outgoing = self._break(Failure(join.rank, "it has begun anew", own=True)) if self._planned else {}
         self._joins[join.rank] = join
         if not self.missing:
@@ -90,7 +124,7 @@ class Coordinator:
 
     def broken(self, rank: int, message: Broken) -> Outgoing:
         """A rank's part of an incarnation has ended; it will join again."""
-        if message.incarnation != self._newest:
+        if self.done or message.incarnation != self._newest:
             return {}
         failure = Failure(rank, f"{message.reason}: {message.message}"[:1024], message.own)
         if message.incarnation != self._planned:
@@ -98,9 +132,28 @@ class Coordinator:
             return {}
         return self._break(failure)
 
+    def settled(self, message: Settled) -> Outgoing:
+        """Every rank holds a step of this incarnation: those that leave may go."""
+        if message.incarnation != self._planned or self._settled:
+            return {}
+        self._settled = True
+        return dict.fromkeys(range(self._world_size, self._participants), Released())
+
+    def finished(self, rank: int, message: Finished) -> Outgoing:
+        """A rank has done the last step. When all have, the job is done; until then one may have to do it again."""
+        if message.incarnation != self._planned or rank >= self._world_size:
+            return {}
+        self._finished.add(rank)
+        if len(self._finished) < self._world_size:
+            return {}
+        self.done = True
+        return dict.fromkeys(range(self._participants), Done())
+
     def gone(self, rank: int, reason: str) -> Outgoing:
         """The connection to a rank that had joined has ended."""
         self._joins.pop(rank, None)
+        if self.done:
+            return {}
         needed = self._world_size if self.started else self._participants
         if self._planned and rank < needed:
             return self._break(Failure(rank, reason, own=True))
@@ -127,10 +180,12 @@ class Coordinator:
             addresses=[join.address for join in joins],
             guards=copy_holders([join.node for join in joins[: self._world_size]]),
             rendezvous_port=self._listen(incarnation),
+            cut=_newest_cut(joins),
         )
         self._joins.clear()
         self._planned = self._newest = incarnation
         self._applied.clear()
+        self._finished.clear()
         self.started = False
         self.failures = []
         return dict.fromkeys(range(self._participants), plan)
@@ -143,3 +198,8 @@ class Coordinator:
         self._planned = None
         self.started = False
         return dict.fromkeys(range(self._participants), abort)
+
+
+def _newest_cut(joins: Sequence[Join]) -> Cut | None:
+    """The cut of the rank that was in the newest incarnation; all ranks of one have the same."""
+    return max((join for join in joins if join.cut), key=lambda join: join.last, default=joins[0]).cut

@@ -9,7 +9,8 @@ import structlog
 from pipelinejob_worker.recovery import memory
 from pipelinejob_worker.recovery.agreement import assign
 from pipelinejob_worker.recovery.copies import PieceClient, PieceServer
-from pipelinejob_worker.recovery.messages import Join, Plan
+from pipelinejob_worker.recovery.cut import Cut
+from pipelinejob_worker.recovery.messages import FAILURES_TOLD, Join, Plan
 from pipelinejob_worker.recovery.pieces import Incarnation
 from pipelinejob_worker.recovery.slots import SlotStore
 from pipelinejob_worker.recovery.transport import Address, TransferError
@@ -17,6 +18,7 @@ from pipelinejob_worker.recovery.transport import Address, TransferError
 log = structlog.get_logger()
 
 RETRY_SECONDS = 0.5
+POLL_SECONDS = 0.05
 
 
 class Keeper:
@@ -30,15 +32,21 @@ class Keeper:
         rank: int,
         limit_bytes: int,
         guarded: Callable[[int], object],
-        copy_bytes_per_second: float = 0,
+        settled: Callable[[], object] = lambda: None,
     ) -> None:
-        """``guarded`` is called with each step that the guard has acknowledged. Raises OSError."""
+        """``guarded`` is called with each step that the guard has acknowledged; ``settled`` once in each incarnation,
+        when every rank holds a step that was computed in it. Raises OSError.
+        """
         self.store = SlotStore(directory, job_uid, limit_bytes)
+        self.limit_bytes = limit_bytes
         self._directory = directory
         self._job_uid = job_uid
         self._rank = rank
         self._on_guarded = guarded
-        self._rate = copy_bytes_per_second
+        self._on_settled = settled
+        self.copy_seconds = 0.0
+        """Over how long a copy is spread, so that it does not hold up the training's own messages; 0: at full speed."""
+
         self._server = PieceServer(self.store, job_uid)
         self._client = PieceClient(self.store, job_uid, rank)
         self._plan: Plan | None = None
@@ -66,6 +74,11 @@ class Keeper:
         """Payload that has come into this pod."""
         return self._client.traffic.received + self._server.traffic.received
 
+    def become(self, rank: int) -> None:
+        """Take another rank's place; what is held stays. Between two incarnations only."""
+        self._rank = rank
+        self._client = PieceClient(self.store, self._job_uid, rank, self._client.traffic)
+
     async def start(self, host: str, port: int = 0) -> int:
         """Serve pieces; return the port. Raises OSError."""
         return await self._server.start(host, port)
@@ -80,7 +93,9 @@ class Keeper:
         memory.save(self._directory, new)
         self.memory = new
 
-    def join(self, *, epoch: int, world_size: int, leaving: int, node: str, address: Address) -> Join:
+    def join(
+        self, *, epoch: int, world_size: int, leaving: int, node: str, address: Address, cut: Cut | None = None
+    ) -> Join:
         """Return what this rank tells the coordinator.
 
         ``leaving``: how many agents have ranks from ``world_size`` on, and only give what they hold.
@@ -96,6 +111,8 @@ class Keeper:
             last=self.memory.incarnation,
             lineage=self.memory.lineage,
             held=self.store.held(),
+            cut=cut,
+            failures=self.memory.failures[-FAILURES_TOLD:],
         )
 
     async def apply(self, plan: Plan) -> None:
@@ -130,6 +147,7 @@ class Keeper:
             own = {held.piece for held in self.store.held() if held.step == step and not held.copied}
             self.store.retain(own, self._server.reserved)
             self._settled = self._plan.incarnation
+            self._on_settled()
         if self._guarding:
             self._guarding.cancel()
         self._guarding = asyncio.create_task(self._guard(self._plan, step))
@@ -143,13 +161,19 @@ class Keeper:
             if not guarding.cancelled():
                 guarding.result()
 
+    async def hand_over(self) -> None:
+        """Wait until the newest snapshot is guarded, or the guard cannot be reached."""
+        while self._guarding and not self._guarding.done() and not self.guard_problem:
+            await asyncio.wait([self._guarding], timeout=POLL_SECONDS)
+
     async def _guard(self, plan: Plan, step: int) -> None:
         guard = plan.guards[self._rank]
         pieces = [held for held in self.store.held() if held.step == step and not held.copied]
+        rate = sum(held.size for held in pieces) / self.copy_seconds if self.copy_seconds else 0.0
         while guard is not None:
             try:
                 address = plan.addresses[guard]
-                await self._client.guard(address, plan.incarnation, pieces, bytes_per_second=self._rate)
+                await self._client.guard(address, plan.incarnation, pieces, bytes_per_second=rate)
                 break
             except TransferError as error:
                 if not self.guard_problem:

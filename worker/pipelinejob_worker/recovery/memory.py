@@ -4,8 +4,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pipelinejob_worker.protocol import Termination
+from pipelinejob_worker.protocol import FAILURES_KEPT, FailureRecord
 from pipelinejob_worker.protocol.base import Wire
+from pipelinejob_worker.recovery.cut import Cut
 from pipelinejob_worker.recovery.deadlines import Crash
 from pipelinejob_worker.recovery.pieces import NEVER, Incarnation, Lineage
 from pipelinejob_worker.state.files import replace
@@ -20,11 +21,20 @@ class Memory(Wire):
     incarnation: Incarnation = Field(NEVER, description="The newest whose plan was applied.")
     lineage: Lineage = Lineage()
     crashes: tuple[Crash, ...] = Field((), description="Of the worker, the newest last.")
-    failure: Termination | None = Field(None, description="Why the worker or the agent ended last.")
+    failures: tuple[FailureRecord, ...] = Field((), description="Of worker and agent, the newest last.")
+    workers: int = Field(0, description="Workers that were started.")
+    cut: Cut | None = Field(None, description="Of the newest incarnation that had one.")
+    agent_runs: bool = Field(False, description="Set while an agent runs: its successor sees that it was killed.")
+    done: bool = Field(False, description="Whether all ranks have finished.")
 
-    def crashed(self, crash: Crash, failure: Termination) -> "Memory":
-        """Return the memory after a crash of the worker."""
-        return self.model_copy(update={"crashes": (*self.crashes, crash)[-CRASHES_KEPT:], "failure": failure})
+    def failed(self, failure: FailureRecord, crash: Crash | None) -> "Memory":
+        """Return the memory after a failure; ``crash``: if it counts against the budget."""
+        return self.model_copy(
+            update={
+                "failures": (*self.failures, failure)[-FAILURES_KEPT:],
+                "crashes": (*self.crashes, crash)[-CRASHES_KEPT:] if crash else self.crashes,
+            }
+        )
 
 
 def load(directory: Path) -> Memory:

@@ -1,14 +1,17 @@
 """What agents and the agent of rank 0, which coordinates, tell each other: JSON lines over TCP.
 
-Up: ``Join``, ``Applied``, ``Broken``. Down: ``Plan``, ``Start``, ``Abort``, ``Refused``. Both ways: ``Beat``.
+Up: ``Join``, ``Applied``, ``Broken``, ``Settled``, ``Finished``. Down: ``Plan``, ``Start``, ``Abort``, ``Refused``,
+``Released``, ``Done``. Both ways: ``Beat``.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
+from pipelinejob_worker.protocol import FailureRecord
 from pipelinejob_worker.protocol.base import Wire
 from pipelinejob_worker.recovery.agreement import Holding
+from pipelinejob_worker.recovery.cut import Cut
 from pipelinejob_worker.recovery.pieces import Held, Incarnation, Lineage
 from pipelinejob_worker.recovery.transport import Address
 
@@ -17,6 +20,7 @@ LINE_LIMIT_BYTES = 16 << 20
 
 MAX_RANKS = 65_536
 MAX_PIECES = 100_000
+FAILURES_TOLD = 4
 
 Rank = Annotated[int, Field(ge=0, lt=MAX_RANKS)]
 Text = Annotated[str, Field(max_length=1024)]
@@ -41,6 +45,10 @@ class Join(Wire):
     last: Incarnation = Field(description="The newest incarnation whose plan this rank has applied.")
     lineage: Lineage = Lineage()
     held: list[Held] = Field([], max_length=MAX_PIECES)
+    cut: Cut | None = Field(None, description="Of the last incarnation of the same shape that this rank was in.")
+    failures: tuple[FailureRecord, ...] = Field(
+        (), max_length=FAILURES_TOLD, description="This rank's newest, for the status of rank 0."
+    )
 
 
 class Applied(Wire):
@@ -58,6 +66,20 @@ class Broken(Wire):
     reason: str = Field(max_length=128)
     message: Text = ""
     own: bool
+
+
+class Settled(Wire):
+    """Every rank holds a step that this incarnation has computed: what was kept of others is not needed any more."""
+
+    kind: Literal["settled"] = "settled"
+    incarnation: Incarnation
+
+
+class Finished(Wire):
+    """This rank's worker has done the last step, and saved what is to be saved."""
+
+    kind: Literal["finished"] = "finished"
+    incarnation: Incarnation
 
 
 class Beat(Wire):
@@ -79,6 +101,7 @@ class Plan(Wire):
     addresses: list[Address] = Field(max_length=MAX_RANKS, description="Where each rank serves its pieces.")
     guards: list[Rank | None] = Field(max_length=MAX_RANKS, description="Which rank guards each one that trains.")
     rendezvous_port: Port = Field(description="Where rank 0 listens for the process group.")
+    cut: Cut | None = Field(None, description="Where to cut the model; None: the workers find out.")
 
 
 class Start(Wire):
@@ -105,8 +128,20 @@ class Refused(Wire):
     reason: Text
 
 
-ToCoordinator = Join | Applied | Broken | Beat
-ToMember = Plan | Start | Abort | Refused | Beat
+class Released(Wire):
+    """To a rank that leaves: it has given all that is needed of it."""
+
+    kind: Literal["released"] = "released"
+
+
+class Done(Wire):
+    """All ranks have finished: the job is done."""
+
+    kind: Literal["done"] = "done"
+
+
+ToCoordinator = Join | Applied | Broken | Settled | Finished | Beat
+ToMember = Plan | Start | Abort | Refused | Released | Done | Beat
 TO_COORDINATOR: TypeAdapter[ToCoordinator] = TypeAdapter(Annotated[ToCoordinator, Field(discriminator="kind")])
 TO_MEMBER: TypeAdapter[ToMember] = TypeAdapter(Annotated[ToMember, Field(discriminator="kind")])
 

@@ -53,15 +53,18 @@ class Protection:
         return self.snapshot is None or step - self.snapshot >= self.interval
 
 
-def decide(before: Protection, step: int, not_own: float, not_guarded: float) -> tuple[Protection, bool]:
+def decide(
+    before: Protection, step: int, not_own: float, not_guarded: float, *, wanted: bool = False
+) -> tuple[Protection, bool]:
     """Return what is known after the vote that computes ``step``, and whether to take a snapshot of its state.
 
-    ``not_own``, ``not_guarded``: the vote's sums, about the snapshot ``before.snapshot``.
+    ``not_own``, ``not_guarded``: the vote's sums, about the snapshot ``before.snapshot``. ``wanted``: whether all want
+    one though it may not be due.
     """
     after = before
     if before.snapshot is not None and not_own == 0 and not_guarded == 0:
         after = replace(before, guarded=before.snapshot, denied=0)
-    if not before.due(step):
+    if not before.due(step) and not wanted:
         return after, False
     if before.snapshot is None or after.guarded == before.snapshot:
         return replace(after, snapshot=step), True

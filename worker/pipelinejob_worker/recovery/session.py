@@ -54,11 +54,13 @@ class Session(Generic[State]):
             return 0.0, 0.0
         return 0.0, float(not self._wait_guarded(newest, self.protection.wait_seconds(step)))
 
-    def after_update(self, step: int, not_own: float, not_guarded: float, state: State) -> None:
-        """Take a snapshot of the state after ``step`` steps, if the sums of that vote allow it.
+    def after_update(
+        self, step: int, not_own: float, not_guarded: float, state: State, *, wanted: bool = False
+    ) -> None:
+        """Take a snapshot of the state after ``step`` steps, if it is due or ``wanted``, and that vote's sums allow it.
 
         The tensors in ``state`` must not change before the next ``ballot``.
         """
-        self.protection, take = decide(self.protection, step, not_own, not_guarded)
+        self.protection, take = decide(self.protection, step, not_own, not_guarded, wanted=wanted)
         if take:
             self._snapshots.begin(step, state)

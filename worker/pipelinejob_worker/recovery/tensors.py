@@ -1,6 +1,7 @@
 """Layers of the model in slots: copied from the live tensors into the slot's memory, without another copy between."""
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
@@ -107,6 +108,9 @@ class Snapshots:
         sizes = {piece: layout.size for piece, layout in self._layouts.items()}
         store.check_room(sizes, copied=False)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self.seconds = 0.0
+        """How long the newest snapshot took."""
+
         self._taken: Future[None] | None = self._thread.submit(store.reserve, sizes, copied=False)
 
     def begin(self, step: int, tensors: Mapping[Piece, Tensors]) -> None:
@@ -130,12 +134,14 @@ class Snapshots:
         self._thread.shutdown()
 
     def _take(self, step: int, tensors: Mapping[Piece, Tensors]) -> None:
+        started = time.monotonic()
         for piece, layout in self._layouts.items():
             writing = self._store.begin(
                 Held(piece=piece, step=step, written=self._written, size=layout.size, layers=self._layers)
             )
             layout.write(tensors[piece], writing.payload)
             writing.commit()
+        self.seconds = time.monotonic() - started
         self._valid(step)
 
 

@@ -17,6 +17,8 @@ CHUNK_BYTES = 1 << 20
 STALL_SECONDS = 10.0
 """How long a connection may move nothing before it is given up."""
 
+_BACKLOG = 1024
+
 
 class TransferError(Exception):
     """A piece did not arrive: the other side is gone, refuses, or holds something else."""
@@ -129,6 +131,19 @@ class Connection:
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()
+
+
+def listen(host: str = "", port: int = 0) -> socket.socket:
+    """Return a non-blocking socket that listens, of both address families unless ``host`` says which. Raises OSError.
+
+    ``port`` 0: any that is free.
+    """
+    if host or not socket.has_dualstack_ipv6():
+        listener = socket.create_server((host, port), backlog=_BACKLOG)
+    else:
+        listener = socket.create_server((host, port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True)
+    listener.setblocking(False)
+    return listener
 
 
 async def connect(address: Address) -> socket.socket:

@@ -124,12 +124,25 @@ def resume(
         log.warning("checkpoint is damaged; the one before is taken", step=newest, error=cause)
         problem = problem or f"the checkpoint of step {newest} was not used: {cause}"
         store.distrust(newest)
-    if membership.rank == 0:  # no rank writes before all, this one too, have made a step
-        try:
-            store.discard_unfinished()
-        except OSError as error:
-            log.warning("unfinished checkpoints not deleted", error=str(error))
+    if membership.rank == 0:
+        _discard_unfinished(store)
     return replace(found, problem=f"{problem}; training went on from step {found.step}" if problem else "")
+
+
+def resume_beside(store: CheckpointStore, membership: Membership, total: Sum) -> Resumed:
+    """Return what there is of checkpoints where the state comes from elsewhere; collective."""
+    newest = max(_gather(next(iter(store.complete_steps()), 0), membership, total))
+    if membership.rank == 0:
+        _discard_unfinished(store)
+    return Resumed(step=newest)
+
+
+def _discard_unfinished(store: CheckpointStore) -> None:
+    """Delete what no rank writes any more: none does before all, rank 0 too, have made a step."""
+    try:
+        store.discard_unfinished()
+    except OSError as error:
+        log.warning("unfinished checkpoints not deleted", error=str(error))
 
 
 def _read(

@@ -1,26 +1,31 @@
 """Training a job as one of its stages: check, join, resume, train, save, leave."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import structlog
 
-from pipelinejob_worker.data import check_same_data
-from pipelinejob_worker.link import AgentLink, Assignment, Joined
+from pipelinejob_worker.data import Corpus, check_same_data
+from pipelinejob_worker.link import AgentLink, Assignment, Divided, Joined, Part
 from pipelinejob_worker.models import LayeredModel, model_of
-from pipelinejob_worker.pipeline.group import Group, joined, prepare_device
-from pipelinejob_worker.pipeline.schedule import build_schedule
+from pipelinejob_worker.pipeline.engine import Built
+from pipelinejob_worker.pipeline.group import Group, Meeting, joined, prepare_device
+from pipelinejob_worker.pipeline.schedule import Schedule, build_schedule
 from pipelinejob_worker.pipeline.stage import check_compiler
-from pipelinejob_worker.protocol import ExitCode, Progress
+from pipelinejob_worker.protocol import ExitCode, Membership, Progress, WorkerConfig
+from pipelinejob_worker.recovery.pulse import Doing, Pulse
 from pipelinejob_worker.state import commit
 from pipelinejob_worker.state.checkpoint import CheckpointStore
+from pipelinejob_worker.state.commit import Resumed
 from pipelinejob_worker.state.history import History
 from pipelinejob_worker.state.saver import AsyncSaver
 from pipelinejob_worker.train.corpus import open_corpus
 from pipelinejob_worker.train.loop import StageLoop
 from pipelinejob_worker.train.plan import Plan, cut
 from pipelinejob_worker.train.progress import Meter
+from pipelinejob_worker.train.protect import Guarding
 from pipelinejob_worker.train.report import Reporter, Tracer
 
 log = structlog.get_logger()
@@ -33,35 +38,87 @@ class SaveError(Exception):
     """The last state could not be saved, so the job is not done."""
 
 
-def run(assignment: Assignment, link: AgentLink) -> ExitCode:
-    """Train until the last step or a drain; return SUCCEEDED or DRAINED.
+class Trainer:
+    """A job in this process: what outlives the group that it is trained in."""
 
-    All that a stage can check alone is checked before it joins the group.
-    Raises ConfigurationError, PeerLostError, SaveError and AgentGoneError.
-    """
-    config, membership = assignment.config, assignment.membership
-    train = config.training
-    model = model_of(config.model, documents=train.data.packing == "Documents")
-    schedule = build_schedule(
-        train.schedule.name,
-        membership.stages,
-        train.schedule.chunks_per_stage,
-        train.microbatches // membership.pipelines,
-    )
-    check_compiler(train)
-    device = prepare_device()
-    store = _open_store(assignment, model)
-    with joined(membership, device) as group:
+    def __init__(self, config: WorkerConfig) -> None:
+        """Check all that a stage can check alone. Raises ConfigurationError."""
+        self._config = config
+        self._model = model_of(config.model, documents=config.training.data.packing == "Documents")
+        check_compiler(config.training)
+        self._device = prepare_device()
+        self._corpus: Corpus | None = None
+        self._built: Built | None = None
+
+    def run(self, assignment: Assignment, link: AgentLink, pulse: Pulse | None = None) -> ExitCode:
+        """Train in one group until the last step or a drain; return SUCCEEDED or DRAINED.
+
+        ``pulse``: where the agents recover by themselves. Raises ConfigurationError, PeerLostError, LeaveError,
+        SaveError and AgentGoneError.
+        """
+        config, membership, part, model = self._config, assignment.membership, assignment.part, self._model
+        train = config.training
+        schedule = build_schedule(
+            train.schedule.name,
+            membership.stages,
+            train.schedule.chunks_per_stage,
+            train.microbatches // membership.pipelines,
+        )
+        store = _open_store(assignment, model)
+        with joined(membership, self._device, _meeting(membership, part, link, pulse)) as group:
+            self._open_corpus(group, schedule)
+            if part and part.cut and part.cut.stage_of == schedule.stage_of:
+                plan = Plan.kept(part.cut, schedule)
+            else:
+                plan = cut(config, model, schedule, group, _profile_directory(assignment))
+            if part:
+                link.send(Divided(cut=plan.cut(group)))
+            log.info("joined the group", ranks=group.size, device=str(group.device), layers=plan.layers_of(group.stage))
+            built = self._build(group, plan, keep=part is not None and part.step is not None)
+            loop = StageLoop(
+                train, model, schedule, plan.chunks, corpus=self._read(group, plan), group=group, built=built
+            )
+            guarding = None
+            if part:
+                assert pulse
+                guarding = Guarding(config, part, link, pulse, group=group, loop=loop, layers=len(model.names))
+            meter = Meter(plan.expectation(config, model, group))
+            return StageJob(
+                assignment,
+                link,
+                model=model,
+                group=group,
+                plan=plan,
+                loop=loop,
+                store=store,
+                meter=meter,
+                guarding=guarding,
+            ).run()
+
+    def _open_corpus(self, group: Group, schedule: Schedule) -> None:
+        """Open the data where they are read and are not open yet, and see that all ranks have the same; collective."""
         reads_data = group.stage in (schedule.stage_of[0], schedule.stage_of[-1])
-        corpus = group.together(lambda: open_corpus(config, model) if reads_data else None)
-        check_same_data([row[0] for row in group.gather(corpus.fingerprint if corpus else 0)])
-        plan = cut(config, model, schedule, group, _profile_directory(assignment))
-        log.info("joined the group", ranks=group.size, device=str(device), layers=plan.layers_of(group.stage))
-        loop = StageLoop(train, model, schedule, plan.chunks, corpus=corpus, group=group)
-        meter = Meter(plan.expectation(config, model, group))
-        return StageJob(
-            assignment, link, model=model, group=group, plan=plan, loop=loop, store=store, meter=meter
-        ).run()
+        self._corpus = group.together(
+            lambda: self._corpus or (open_corpus(self._config, self._model) if reads_data else None)
+        )
+        check_same_data([row[0] for row in group.gather(self._corpus.fingerprint if self._corpus else 0)])
+
+    def _read(self, group: Group, plan: Plan) -> Corpus | None:
+        return self._corpus if plan.reads_data(group.stage) else None
+
+    def _build(self, group: Group, plan: Plan, *, keep: bool) -> Built:
+        """Build this stage's layers; with ``keep`` only if they are not there yet, for a state that is restored.
+
+        Collective over all ranks.
+        """
+        if not (keep and self._built and self._built.fits(plan.schedule, plan.chunks, group.stage)):
+            self._built = None  # before others take its memory
+        self._built = group.together(lambda: self._built or self._new(group, plan))
+        return self._built
+
+    def _new(self, group: Group, plan: Plan) -> Built:
+        train = self._config.training
+        return Built(self._model, train, plan.schedule, plan.chunks, stage=group.stage, device=group.device)
 
 
 class StageJob:
@@ -78,6 +135,7 @@ class StageJob:
         loop: StageLoop,
         store: CheckpointStore | None,
         meter: Meter,
+        guarding: Guarding | None = None,
     ) -> None:
         self._assignment = assignment
         self._config = assignment.config
@@ -89,6 +147,7 @@ class StageJob:
         self._loop = loop
         self._store = store
         self._meter = meter
+        self._guarding = guarding
         # The stage that computes the loss tells it.
         self._tells_loss = group.pipeline == 0 and group.stage == plan.schedule.stage_of[-1]
         self._reporter = Reporter(link, logs=self._tells_loss, every_step=store is None)
@@ -99,41 +158,77 @@ class StageJob:
         self._validation: tuple[int, float] | None = None
 
     def run(self) -> ExitCode:
-        """Resume from the newest checkpoint, if there is one, and train."""
-        step = self._resume()
-        history = History(self._directory, step) if self._store and self._tells_loss else None
-        self._link.send(Joined(layers=self._plan.layers_of(self._group.stage)))
-        self._reporter.report(self._progress(step), now=True)
+        """Go on from the agents' snapshots or from the newest checkpoint, if there are any, and train."""
         try:
-            step = self._train(step, history)
+            step = self._resume()
+            history = History(self._directory, step) if self._store and self._tells_loss else None
+            problem = self._guarding.problem if self._guarding else ""
+            self._link.send(Joined(layers=self._plan.layers_of(self._group.stage), problem=problem))
+            self._report(step, now=True)
+            try:
+                step = self._train(step, history)
+                if self._saver and self._saver.saved_step < step == self._config.training.steps:
+                    self._save(self._saver, step, history, leave=True)  # it ended between the last step and its save
+            finally:
+                if history:
+                    history.close()
+            return self._end(step)
         finally:
-            if history:
-                history.close()
-        return self._end(step)
+            if self._guarding:
+                self._guarding.close()
 
     def _train(self, step: int, history: History | None) -> int:
         """Train from ``step`` finished steps on; return how many are finished at the end."""
-        total = self._config.training.steps
+        total, resumed = self._config.training.steps, step
         leave = step == total
         while not leave:
-            votes = self._saver.vote() if self._saver else []
-            result = self._loop.step(step, [float(self._link.drain_requested()), self._tracer.wish(), *votes])
-            stop, trace, *saver_votes = result.flags
+            drain = self._link.drain_requested()
+            mine = [float(drain is not None), float(drain is not None and drain.checkpoint), self._tracer.wish()]
+            result = self._loop.step(step, partial(self._flags, step + 1, mine))
             step += 1
-            leave = stop > 0 or step == total
+            stop, save, trace, *votes = result.flags
+            votes = self._take_snapshot(step, votes, wanted=stop > 0)
+            leave = step == total or (stop > 0 and self._may_leave(step))
             self._meter.step_finished(result)
             if trace:
                 self._tracer.trace(step, self._loop.engine.timeline.spans())
             if history:
                 _keep(history.append, step, result.loss)
-            self._validate(step, leave)
+            if step == total or not leave or not self._guarding:
+                self._validate(step, leave)
             if self._saver:
-                self._saver.advance(saver_votes)
-                self._save(self._saver, step, history, leave=leave)
-            progress = self._progress(step)
-            self._reporter.report(progress, now=leave)
+                self._saver.advance(votes)
+                if step == total or save > 0 or not leave:
+                    self._save(self._saver, step, history, leave=leave)
+            progress = self._report(step, now=leave or step == resumed + 1)
             self._reporter.log_step(progress, now=leave)
+            if self._guarding:
+                self._guarding.measure(result.seconds)
+        if self._guarding:
+            self._guarding.wait()
         return step
+
+    def _flags(self, step: int, mine: Sequence[float]) -> list[float]:
+        """What this rank puts into the vote that computes ``step``, beside gradients and losses."""
+        snapshots = self._guarding.ballot(step) if self._guarding else ()
+        return [*mine, *snapshots, *(self._saver.vote() if self._saver else ())]
+
+    def _take_snapshot(self, step: int, votes: list[float], *, wanted: bool) -> list[float]:
+        """Take a snapshot after ``step`` if the votes allow it; return those that are not about snapshots."""
+        if not self._guarding or not self._guarding.protects:
+            return votes
+        self._guarding.after_update(step, votes[:2], wanted=wanted)
+        return votes[2:]
+
+    def _may_leave(self, step: int) -> bool:
+        """Whether nothing is lost by leaving after ``step``: its snapshot is being taken, or none ever is."""
+        return not self._guarding or not self._guarding.protects or self._guarding.holds(step)
+
+    def _report(self, step: int, *, now: bool) -> Progress:
+        progress = self._progress(step)
+        saved = progress.last_checkpoint_step
+        self._reporter.report(progress, self._guarding.status(step, saved) if self._guarding else None, now=now)
+        return progress
 
     def _validate(self, step: int, leave: bool) -> None:
         if self._config.training.data.validation_percent and (
@@ -183,19 +278,48 @@ class StageJob:
         return ExitCode.SUCCEEDED
 
     def _resume(self) -> int:
-        if not self._store:
-            return 0
-        membership, optimizer = self._assignment.membership, self._loop.optimizer
-        shapes = {index: optimizer.layer_shapes(index) for index in self._loop.layers}
-        resumed = commit.resume(self._store, membership, self._group.sum, self._names, shapes)
+        """Put back the newest state there is; return how many steps are finished."""
+        restored = self._assignment.part.step if self._assignment.part else None
+        if restored is not None and self._guarding:
+            self._guarding.restore(restored)
+            resumed = Resumed(step=restored)
+            saved = (
+                commit.resume_beside(self._store, self._assignment.membership, self._group.sum) if self._store else None
+            )
+        else:
+            resumed = saved = self._read_checkpoint()
+        if self._store:
+            assert saved
+            self._resume_problem = saved.problem
+            self._saver = AsyncSaver(
+                self._store, self._assignment.membership, self._names, self._config.checkpoint.keep, saved
+            )
+        if self._guarding:
+            self._guarding.begin(restored)
         step = resumed.step
-        for index, state in resumed.layers.items():
-            optimizer.load_layer_state(index, state, int(resumed.extra.get("updates", step)))
-        self._loop.restore_numbers(resumed.extra)
-        self._resume_problem = resumed.problem
-        self._saver = AsyncSaver(self._store, membership, self._names, self._config.checkpoint.keep, resumed)
-        log.info("resumed" if step else "no checkpoint: training starts at the beginning", step=step)
+        from_memory = {"source": "snapshots"} if restored is not None else {}
+        log.info("resumed" if step else "no checkpoint: training starts at the beginning", step=step, **from_memory)
         return step
+
+    def _read_checkpoint(self) -> Resumed:
+        """Load the newest checkpoint, if there is one; collective."""
+        if not self._store:
+            return Resumed()
+        optimizer = self._loop.optimizer
+        shapes = {index: optimizer.layer_shapes(index) for index in self._loop.layers}
+        resumed = commit.resume(self._store, self._assignment.membership, self._group.sum, self._names, shapes)
+        for index, state in resumed.layers.items():
+            optimizer.load_layer_state(index, state, int(resumed.extra.get("updates", resumed.step)))
+        self._loop.restore_numbers(resumed.extra)
+        return resumed
+
+
+def _meeting(membership: Membership, part: Part | None, link: AgentLink, pulse: Pulse | None) -> Meeting | None:
+    if not part or not pulse:
+        return None
+    pulse.move(Doing.WAITING)
+    listener = link.take_listener() if membership.rank == 0 else None
+    return Meeting(f"incarnation-{part.incarnation}", part.rendezvous_port, listener, pulse)
 
 
 def _profile_directory(assignment: Assignment) -> Path | None:

@@ -11,7 +11,7 @@ from torch import nn
 from pipelinejob_worker.data import Batch, Source
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.models import IGNORED, LayeredModel
-from pipelinejob_worker.pipeline.engine import Engine
+from pipelinejob_worker.pipeline.engine import Built, Engine
 from pipelinejob_worker.pipeline.group import Group
 from pipelinejob_worker.pipeline.replicas import Replicas
 from pipelinejob_worker.pipeline.schedule import Schedule
@@ -58,12 +58,13 @@ class StageLoop:
         *,
         corpus: Source | None,
         group: Group,
+        built: Built | None = None,
     ) -> None:
-        """Build the layers. ``corpus`` is needed by the stages of the first and the last chunk only.
+        """Build the layers, unless they are ``built``. The stages of the first and the last chunk need a ``corpus``.
 
         Collective over all ranks.
         """
-        self.engine = Engine(model, train, schedule, chunks, group)
+        self.engine = Engine(model, train, schedule, chunks, group, built=built)
         self._train = train
         self._corpus = corpus
         self._group = group
@@ -92,8 +93,11 @@ class StageLoop:
         if self._scale:
             self._scale = LossScale.from_numbers(numbers)
 
-    def step(self, step: int, flags: Sequence[float] = ()) -> StepResult:
-        """Run step ``step``, counted from 0, with all other stages; ``flags`` are added up over the ranks.
+    def step(self, step: int, flags: Callable[[], Sequence[float]] = tuple) -> StepResult:
+        """Run step ``step``, counted from 0, with all other stages.
+
+        ``flags`` is called when the gradients are there, before the weights change; what it returns is added up over
+        the ranks.
 
         The times of what follows the exchange with the other ranks are those of the step before.
         Raises ConfigurationError when the loss or the gradients are not finite: the same step would be so again.
@@ -104,7 +108,7 @@ class StageLoop:
         norms = self._gradient_norms()
         so_far = self.engine.timeline.seconds()
         seconds_of = {activity: so_far[activity] + self._after_ballot[activity] for activity in Activity}
-        ballot = Ballot(norms, losses, seconds_of, flags)
+        ballot = Ballot(norms, losses, seconds_of, flags())
         with self.engine.timeline.measure(Activity.WAITING):
             result = vote(self._group, self._slots, self._train.microbatches, self.engine.first_microbatch, ballot)
         skipped = not self._update(step, result)
@@ -151,9 +155,10 @@ class StageLoop:
     def _gradient_norms(self) -> dict[int, list[float]]:
         """Finish the gradients and return the squared norms of those that this rank has."""
         with self.engine.timeline.measure(Activity.UPDATE):
-            self._replicas.finish()
-            if self._group.pipeline == 0:
-                self._ties.sum()
+            with self._group.waiting():
+                self._replicas.finish()
+                if self._group.pipeline == 0:
+                    self._ties.sum()
             if self._scale:
                 scale_gradients(self.layers.values(), 1 / self._scale.scale)
             return squared_gradient_norms(self.layers, self._counted_elsewhere)
@@ -168,7 +173,8 @@ class StageLoop:
             if finite:
                 clip(self.layers.values(), norm, float(self._train.optimizer.clip_norm))
                 self.optimizer.step(learning_rate(self._train.optimizer, step, self._train.steps))
-                self._replicas.publish()
+                with self._group.waiting():
+                    self._replicas.publish()
         if self._scale:
             self._scale = self._scale.after(finite)
         return finite

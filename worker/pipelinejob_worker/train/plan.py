@@ -14,6 +14,7 @@ from pipelinejob_worker.pipeline.profile import Profile, measured_costs
 from pipelinejob_worker.pipeline.schedule import Action, Pass, Schedule, bubble_limit
 from pipelinejob_worker.pipeline.simulation import Prediction, simulate
 from pipelinejob_worker.protocol import WorkerConfig
+from pipelinejob_worker.recovery.cut import Cut
 from pipelinejob_worker.train.progress import Expectation
 
 BACKWARD_COST = 2
@@ -27,6 +28,22 @@ class Plan:
     schedule: Schedule
     chunks: Sequence[range]
     prediction: Prediction
+
+    @classmethod
+    def kept(cls, cut: Cut, schedule: Schedule) -> "Plan":
+        """Return the plan of an earlier incarnation of the same shape."""
+        return cls(schedule, cut.chunks, Prediction(cut.seconds, cut.bubble))
+
+    def cut(self, group: Group) -> Cut:
+        """Return what the next incarnation of this shape needs to know."""
+        return Cut(
+            stages=group.stages,
+            pipelines=group.pipelines,
+            stage_of=tuple(self.schedule.stage_of),
+            ends=tuple(layers.stop for layers in self.chunks),
+            seconds=self.prediction.seconds,
+            bubble=self.prediction.bubble,
+        )
 
     def layers_of(self, stage: int) -> str:
         """First and last layer of each of a stage's chunks, for instance ``0-2,9-11``."""

@@ -11,7 +11,7 @@ from pipelinejob_worker.link import AgentLink, Reached
 from pipelinejob_worker.pipeline.group import Group
 from pipelinejob_worker.pipeline.timeline import Span
 from pipelinejob_worker.pipeline.trace import chrome_trace, gather_spans
-from pipelinejob_worker.protocol import TRACE_FILE, Progress
+from pipelinejob_worker.protocol import TRACE_FILE, Progress, ProtectionStatus
 from pipelinejob_worker.state.files import replace
 
 log = structlog.get_logger()
@@ -34,11 +34,11 @@ class Reporter:
         self._log_seconds = 0.0 if every_step else LOG_SECONDS
         self._reported = self._logged = float("-inf")
 
-    def report(self, progress: Progress, now: bool) -> None:
+    def report(self, progress: Progress, protection: ProtectionStatus | None, *, now: bool) -> None:
         """Tell the agent."""
         if now or time.monotonic() - self._reported >= REPORT_SECONDS:
             self._reported = time.monotonic()
-            self._link.send(Reached(progress=progress))
+            self._link.send(Reached(progress=progress, protection=protection))
 
     def log_step(self, progress: Progress, now: bool) -> None:
         """Log one line with the loss in full precision."""

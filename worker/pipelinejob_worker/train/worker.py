@@ -2,16 +2,19 @@
 
 import socket
 import traceback
+from pathlib import Path
 
 import structlog
 
 from pipelinejob_worker.errors import ConfigurationError
-from pipelinejob_worker.link import AgentGoneError, AgentLink, Failed
+from pipelinejob_worker.link import AgentGoneError, AgentLink, Assignment, Failed, Finished, Left
 from pipelinejob_worker.logs import configure
 from pipelinejob_worker.pipeline.group import PeerLostError
 from pipelinejob_worker.protocol import ExitCode
+from pipelinejob_worker.recovery.pulse import Heart, LeaveError, Pulse
+from pipelinejob_worker.recovery.sockets import shut_down, tcp_sockets
 from pipelinejob_worker.serve.run import Server
-from pipelinejob_worker.train.job import run
+from pipelinejob_worker.train.job import Trainer
 
 log = structlog.get_logger()
 
@@ -20,15 +23,26 @@ UNEXPECTED = 1
 
 
 def work(connection: socket.socket) -> int:
-    """Wait for the assignment, train it, and return the exit code; a failure is told to the agent first."""
+    """Train what is assigned, and return the exit code; a failure is told to the agent first.
+
+    Where the agents recover by themselves, this takes part in one incarnation of the group after another.
+    """
     link = AgentLink(connection)
     try:
-        assignment = link.assignment()
-        membership = assignment.membership
-        configure(job=assignment.config.job, stage=membership.stage, epoch=membership.epoch, process="worker")
-        if assignment.config.mode != "Train":
-            return Server(assignment.config).run(assignment, link)
-        return run(assignment, link)
+        trainer: Trainer | None = None
+        while True:
+            assignment = link.assignment()
+            membership, part = assignment.membership, assignment.part
+            attempt = {"attempt": part.incarnation.attempt} if part else {}
+            configure(
+                job=assignment.config.job, stage=membership.stage, epoch=membership.epoch, process="worker", **attempt
+            )
+            if assignment.config.mode != "Train":
+                return Server(assignment.config).run(assignment, link)
+            trainer = trainer or Trainer(assignment.config)
+            if part is None:
+                return trainer.run(assignment, link)
+            link.send(_take_part(trainer, assignment, link, Pulse.open(Path(part.pulse))))
     except AgentGoneError as error:
         log.warning("stopped", error=str(error))
         return UNEXPECTED
@@ -39,6 +53,22 @@ def work(connection: socket.socket) -> int:
     except Exception as error:  # noqa: BLE001 - whatever it is, the agent must be told
         traceback.print_exc()
         return _fail(link, UNEXPECTED, type(error).__name__, str(error))
+
+
+def _take_part(trainer: Trainer, assignment: Assignment, link: AgentLink, pulse: Pulse) -> Left | Finished:
+    """Train in one incarnation; return how it ended, if not by a failure of this stage's own."""
+    before = tcp_sockets()
+    heart = Heart(pulse, lambda: shut_down(spare=before))
+    try:
+        code = trainer.run(assignment, link, pulse)
+    except LeaveError as error:
+        return Left(reason="Ordered", message=str(error))
+    except PeerLostError as error:
+        log.info("left the group", error=str(error))
+        return Left(reason="PeerLost", message=str(error))
+    finally:
+        heart.stop()
+    return Finished() if code == ExitCode.SUCCEEDED else Left(reason="Drained")
 
 
 def _fail(link: AgentLink, code: int, reason: str, message: str) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelinejob_worker.protocol import Termination
+from pipelinejob_worker.protocol import FAILURES_KEPT, FailureRecord
 from pipelinejob_worker.recovery import keeper as keeper_module
 from pipelinejob_worker.recovery.deadlines import Crash
 from pipelinejob_worker.recovery.keeper import Keeper
@@ -121,14 +121,15 @@ async def test_with_the_first_snapshot_above_the_plans_step_other_pieces_are_giv
     assert keeper.join(epoch=1, world_size=2, leaving=1, node="", address=NOWHERE).present == 2
 
 
-def test_crashes_and_the_last_cause_are_kept_within_bounds(memory: Path) -> None:
+def test_crashes_and_the_last_causes_are_kept_within_bounds(memory: Path) -> None:
     written = Memory()
     for number in range(CRASHES_KEPT + 5):
-        cause = Termination(stage=1, exit_code=139, reason="Signal", message=f"number {number}", log_tail=("a", "b"))
-        written = written.crashed(Crash(at=float(number), step=number), cause)
+        cause = FailureRecord(rank=1, at=float(number), exit_code=139, reason="Signal", log_tail=("a", "b"))
+        written = written.failed(cause, Crash(at=float(number), step=number))
+    written = written.failed(FailureRecord(rank=1, at=1000.0, reason="PeerLost"), None)
     save(memory, written)
     read = load(memory)
     assert read == written
     assert [crash.step for crash in read.crashes] == list(range(5, CRASHES_KEPT + 5))
-    assert read.failure
-    assert read.failure.message == f"number {CRASHES_KEPT + 4}"
+    assert len(read.failures) == FAILURES_KEPT
+    assert read.failures[-1].reason == "PeerLost"

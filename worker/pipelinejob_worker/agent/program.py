@@ -1,0 +1,23 @@
+"""Which program a job's workers run, and what their zygote imports for it. Pure."""
+
+from dataclasses import dataclass
+
+from pipelinejob_worker.protocol import WorkerConfig
+
+TRAIN = "pipelinejob_worker.train.worker:work"
+"""Function that a forked worker calls with its link; what it returns is the exit code."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """``entry``: ``module:function``; ``preload``: modules that it would import only when it needs them."""
+
+    entry: str
+    preload: tuple[str, ...] = ()
+
+
+def program_of(config: WorkerConfig, entry: str = "") -> Program:
+    """Return what the job's workers run; ``entry`` replaces the program."""
+    if entry:
+        return Program(entry)
+    return Program(TRAIN, ("pipelinejob_worker.models.hugging_face",) if config.model.hugging_face else ())

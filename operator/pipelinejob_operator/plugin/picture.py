@@ -1,13 +1,14 @@
 """What ``draw`` prints: a job's chain over the tree of the nodes, where it is or where a plan would put it. Pure."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
-from pipelinejob_operator.build.names import JOB_UID_LABEL
+from pipelinejob_operator.build.names import JOB_UID_LABEL, SPARE_LABEL, STAGE_LABEL
 from pipelinejob_operator.build.pods import stage_pod
+from pipelinejob_operator.controller.observed import Gang, Observed
 from pipelinejob_operator.placement import planner, render
 from pipelinejob_operator.placement.fit import demand
 from pipelinejob_operator.placement.pods import holds_room
@@ -51,17 +52,21 @@ def planned(job: Job, cluster: Cluster) -> Picture:
 def running(job: Job, cluster: Cluster) -> Picture:
     """Draw where the stages of a job are, and what a plan made now would cost instead."""
     tree = cluster.tree(job)
-    pods = {pod.place.rank: pod for pod in _own(job, cluster.pods) if pod.attempt == job.status.attempt}
-    if missing := [place for place in job.shape.places() if place.rank not in pods or not pods[place.rank].node]:
-        some = f", such as {missing[0]}" if len(missing) < job.shape.size else ""
+    own = [StagePod.read(pod) for pod in cluster.pods if holds_room(pod) and _is_stage(job, pod)]
+    gang = Gang.of(job, Observed(own))
+    places, pods = gang.shape.places(), gang.current
+    if missing := [place for place in places if place.rank not in pods or not pods[place.rank].node]:
+        some = f", such as {missing[0]}" if len(missing) < len(places) else ""
         told = next((f": {item.message}" for item in job.status.conditions if item.type == ConditionType.PLACED), "")
         plan = planned(job, cluster)
-        heading = f"{len(missing)} of {job.shape.size} stages have no node{some}{told}"
+        heading = f"{len(missing)} of {len(places)} stages have no node{some}{told}"
         return Picture(f"{heading}\n\nA plan made now:\n\n{plan.text}", False)
-    names = [pods[rank].node for rank in range(job.shape.size)]
+    names = [pods[place.rank].node for place in places]
     nodes = read_nodes(cluster.nodes, ())
-    text = render.draw(nodes, tree, names, job.spec.pipelines)
-    cost = planner.cost_of(nodes, tree, names, job.spec.pipelines).cost
+    text = render.draw(nodes, tree, names, gang.shape.pipelines)
+    if gang.shape != job.shape:
+        return Picture(f"{text}\n\nThese are {gang.shape}; {job.shape} are on their way", True)
+    cost = planner.cost_of(nodes, tree, names, gang.shape.pipelines).cost
     return Picture(f"{text}\n\n{_compared(cost, _plan(job, cluster))}", True)
 
 
@@ -94,10 +99,12 @@ def _drawn(cluster: Cluster, job: Job, found: planner.Plan | planner.Infeasible)
     return Picture(f"{text}\n{found.message}", True)
 
 
-def _own(job: Job, pods: Iterable[Manifest]) -> list[StagePod]:
-    return [StagePod.read(pod) for pod in pods if not _others(job)(pod)]
-
-
 def _others(job: Job) -> Callable[[Mapping[str, Any]], bool]:
     """Whether a pod takes room that a plan for the job cannot have."""
-    return lambda pod: holds_room(pod) and (pod["metadata"].get("labels") or {}).get(JOB_UID_LABEL) != job.uid
+    return lambda pod: holds_room(pod) and not _is_stage(job, pod)
+
+
+def _is_stage(job: Job, pod: Mapping[str, Any]) -> bool:
+    """Whether a pod is a stage of the job: its fronts and spares are not."""
+    labels = pod["metadata"].get("labels") or {}
+    return labels.get(JOB_UID_LABEL) == job.uid and STAGE_LABEL in labels and SPARE_LABEL not in labels

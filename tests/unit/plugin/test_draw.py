@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipelinejob_operator.api.recovery_status import GroupStatus
 from pipelinejob_operator.api.status import Condition, Status
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.pods import stage_pod
@@ -38,7 +39,7 @@ def pods(some: Job, *nodes: str) -> list[Object]:
     """The stage pods of a job on these nodes, by rank; an empty name is a pod without a node."""
     found = []
     for place, name in zip(some.shape.places(), nodes, strict=True):
-        pod = stage_pod(some, place, INSTALLATION, share_host=False)
+        pod = stage_pod(some, place, INSTALLATION, share_host=False, replacement=0)
         pod["metadata"]["uid"] = f"uid-{place.rank}"
         pod["spec"] |= {"nodeName": name} if name else {}
         found.append(pod)
@@ -196,6 +197,24 @@ class TestRunning:
         some = job(Status(attempt=1))
         drawn = running(some, Cluster(FOUR, pods(job(), "a", "b", "c"), LEVELS))
         assert drawn.text.startswith("3 of 3 stages have no node\n")
+
+    def test_of_a_replaced_stage_the_newest_pod_is_drawn_and_other_pods_of_the_job_are_not(self) -> None:
+        some = job()
+        (newer,) = (
+            pod for pod in pods(some, "a", "b", "d") if pod["metadata"]["labels"]["pipelinejob.dev/stage"] == "2"
+        )
+        newer["metadata"]["name"] += "-r1"
+        newer["metadata"]["labels"]["pipelinejob.dev/replacement"] = "1"
+        front = {"metadata": {"name": "front", "labels": {"pipelinejob.dev/job-uid": some.uid}}, "spec": {}}
+        drawn = running(some, Cluster(FOUR, [newer, *pods(some, "a", "b", "c"), front], LEVELS))
+        assert "a[0] - b[1] --- d[2]" in drawn.text
+
+    def test_while_the_job_grows_those_stages_are_drawn_that_train(self) -> None:
+        ladder = {"strategy": "Ladder"}
+        trains = Status(group=GroupStatus(stages=3))
+        some, grown = job(recovery=ladder), job(trains, recovery=ladder, stages=4)
+        drawn = running(grown, Cluster(FOUR, pods(some, "a", "b", "c"), LEVELS))
+        assert drawn.text.endswith("\n\nThese are 3 stages; 4 stages are on their way")
 
     def test_a_plan_counts_the_pods_of_others_and_not_the_jobs_own(self) -> None:
         some, other = job(), job(meta={"uid": "another", "name": "tiny-2"})

@@ -1,0 +1,152 @@
+"""What the end-to-end tests of serving need: a model with known answers, and clients inside the cluster."""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tests.e2e import kit
+
+TOKEN = "let-me-in"
+LIBRARIES = ("openai", "jiter", "sniffio", "distro", "tqdm")
+"""The official client, and what it needs beside what the worker image has."""
+
+MAKE_MODEL = """
+import json, sys, tokenizers, torch
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+lengths, output = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+torch.manual_seed(1)
+alphabet = ["\\u0120", *map(chr, range(33, 127))]
+tokenizer = tokenizers.Tokenizer(models.BPE({text: number for number, text in enumerate(alphabet)}, []))
+tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+tokenizer.decoder = decoders.ByteLevel()
+model = LlamaForCausalLM(LlamaConfig(
+    vocab_size=len(alphabet), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, bos_token_id=None, eos_token_id=None,
+)).eval()
+model.save_pretrained("/volume/model")
+tokenizer.save("/volume/model/tokenizer.json")
+answers = {}
+for number, length in enumerate(lengths):
+    ids = [(7 * number + 3 * place + place * place) % len(alphabet) for place in range(length)]
+    prompt = torch.tensor([ids])
+    mask = torch.ones_like(prompt)  # else it takes the token of number pad_token_id for padding
+    made = model.generate(prompt, attention_mask=mask, max_new_tokens=output, do_sample=False, pad_token_id=0)
+    answers[tokenizer.decode(ids)] = tokenizer.decode(made[0, length:].tolist())
+print("ANSWERS" + json.dumps(answers))
+"""
+
+ASK = """
+import asyncio, json, os, sys
+from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
+job = json.load(sys.stdin)
+
+async def answer(client, request, tries):
+    for attempt in range(tries):
+        text, finished = "", False
+        try:
+            if not request.get("stream"):
+                return {"text": (await client.completions.create(**request)).choices[0].text, "lost": attempt}
+            async for chunk in await client.completions.create(**request):
+                text += chunk.choices[0].text
+                finished = finished or chunk.choices[0].finish_reason is not None
+            if finished:
+                return {"text": text, "lost": attempt}
+        except APIStatusError as error:
+            after = error.response.headers.get("retry-after")
+            return {"status": error.status_code, "code": error.code, "retryAfter": after}
+        except (APIConnectionError, APIError):
+            continue
+    return {"lost": tries}
+
+async def main():
+    client = AsyncOpenAI(base_url=job["url"], api_key=job["key"], max_retries=job["retries"], timeout=300)
+    answers = [answer(client, request, job["tries"]) for request in job["requests"]]
+    print(json.dumps(await asyncio.gather(*answers)))
+
+asyncio.run(main())
+"""
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The official client in a pod of the namespace: what it asks goes through the Service and the NetworkPolicy."""
+
+    namespace: kit.Namespace
+    pod: str = "clients"
+
+    @classmethod
+    def start(cls, namespace: kit.Namespace) -> "Clients":
+        """Start the pod and copy the client into it."""
+        made = cls(namespace)
+        namespace.apply(_pod(made.pod))
+        kit.kubectl("wait", "--for=condition=Ready", f"pod/{made.pod}", "-n", namespace.name, "--timeout=90s")
+        directories = [directory for name in LIBRARIES if (directory := _directory(name))]
+        places = [argument for path in directories for argument in ("-C", str(path.parent), path.name)]
+        archive = subprocess.run(
+            ["tar", "--create", "--exclude=__pycache__", *places], capture_output=True, check=True
+        ).stdout
+        where = ("exec", "-i", "-n", namespace.name, made.pod, "--", "tar", "--extract", "-C", "/tmp")
+        subprocess.run(["kubectl", *where], input=archive, check=True)
+        return made
+
+    def ask(
+        self, service: str, requests: Sequence[dict[str, Any]], *, key: str = TOKEN, retries: int = 20, tries: int = 1
+    ) -> list[dict[str, Any]]:
+        """Ask all at once; ``retries`` are the official client's, ``tries`` those of streams that broke."""
+        job = {"url": f"http://{service}:8000/v1", "key": key, "retries": retries, "tries": tries}
+        job["requests"] = [{"model": "served", **request} for request in requests]  # type: ignore[assignment]
+        said = kit.kubectl(
+            *("exec", "-i", "-n", self.namespace.name, self.pod, "--", "env", "PYTHONPATH=/tmp"),
+            *("python3", "-c", ASK),
+            stdin=json.dumps(job),
+        )
+        answers: list[dict[str, Any]] = json.loads(said)
+        return answers
+
+    def begin(self, service: str, requests: Sequence[dict[str, Any]], **how: Any) -> Future[list[dict[str, Any]]]:
+        """Ask in another thread, while the test does something."""
+        pool = ThreadPoolExecutor(1)
+        future = pool.submit(lambda: self.ask(service, requests, **how))
+        pool.shutdown(wait=False)
+        return future
+
+
+def make_model(namespace: kit.Namespace, claim: str, lengths: Sequence[int], output: int) -> dict[str, str]:
+    """Write a small Llama with random weights into ``model`` of a claim; return prompts and what ``generate`` answers.
+
+    ``lengths``: tokens of the prompts. ``output``: tokens of an answer. Each character is a token.
+    """
+    said = namespace.run(claim, "python3", "-c", MAKE_MODEL, json.dumps([list(lengths), output]))
+    answers: dict[str, str] = json.loads(said.partition("ANSWERS")[2])
+    assert all(len(text) == output for text in answers.values())
+    return answers
+
+
+def _directory(name: str) -> Path | None:
+    found = find_spec(name)
+    return Path(found.origin).parent if found and found.origin else None
+
+
+def _pod(name: str) -> kit.Object:
+    container = {
+        "name": "python",
+        "image": kit.WORKER_IMAGE,
+        "command": ["python3", "-c", "import time; time.sleep(1e6)"],
+        "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}],
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+    }
+    spec = {
+        "terminationGracePeriodSeconds": 0,
+        "automountServiceAccountToken": False,
+        "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
+        "containers": [container],
+        "volumes": [{"name": "scratch", "emptyDir": {}}],
+    }
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}

@@ -1,0 +1,207 @@
+"""A model is served: what clients get, whatever happens to fronts, stages and the operator in the meantime."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.e2e import kit
+from tests.e2e.serving import TOKEN, Clients, make_model
+
+LENGTHS = [3, 17, 40, 64, 90, 121, 5, 33]
+OUTPUT = 160
+FRONT = "pipelinejob.dev/front"
+
+
+@pytest.fixture(scope="module")
+def namespace() -> Iterator[kit.Namespace]:
+    with kit.namespace("serving", {"pod-security.kubernetes.io/enforce": "restricted"}) as made:
+        made.claim("models")
+        made.apply(
+            {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "token"}, "stringData": {"token": TOKEN}}
+        )
+        yield made
+
+
+@pytest.fixture(scope="module")
+def answers(namespace: kit.Namespace) -> dict[str, str]:
+    """Prompts, and what transformers' ``generate`` answers to them."""
+    return make_model(namespace, "models", LENGTHS, OUTPUT)
+
+
+@pytest.fixture(scope="module")
+def clients(namespace: kit.Namespace) -> Clients:
+    return Clients.start(namespace)
+
+
+def template() -> kit.Object:
+    mount = {"name": "models", "mountPath": "/models", "readOnly": True}
+    return {
+        "spec": {
+            "containers": [{"name": "worker", "volumeMounts": [mount]}],
+            "volumes": [{"name": "models", "persistentVolumeClaim": {"claimName": "models"}}],
+        }
+    }
+
+
+@pytest.fixture(scope="module")
+def served(namespace: kit.Namespace, answers: dict[str, str]) -> kit.Job:
+    """Two stages behind two fronts, with a token, in deterministic arithmetic."""
+    spec = {
+        "mode": "Serve",
+        "stages": 2,
+        "model": {"huggingFace": {"path": "/models/model", "context": 512}},
+        "serve": {
+            "deterministic": True,
+            "keyValueCacheMiB": 16,
+            "bearerTokenSecretName": "token",
+            "limits": {"requests": 64},
+        },
+        "template": template(),
+    }
+    run = kit.Job(namespace, "served", spec).create()
+    run.wait("Available")
+    return run
+
+
+def requests(answers: dict[str, str], count: int = 0, **others: Any) -> list[dict[str, Any]]:
+    """Greedy completions of the prompts, each in turn until there are ``count``."""
+    prompts = list(answers)
+    return [
+        {"prompt": prompts[number % len(prompts)], "max_tokens": OUTPUT, "temperature": 0, **others}
+        for number in range(count or len(prompts))
+    ]
+
+
+def check(asked: list[dict[str, Any]], got: list[dict[str, Any]], answers: dict[str, str]) -> None:
+    """Every answer is the one of ``generate``."""
+    for request, answer in zip(asked, got, strict=True):
+        assert answer.get("text") == answers[request["prompt"]], answer
+
+
+def fronts(namespace: kit.Namespace) -> list[kit.Object]:
+    pods = namespace.list("pods", FRONT)
+    return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+
+
+def stages(run: kit.Job) -> list[kit.Object]:
+    return run.namespace.list("pods", f"pipelinejob.dev/job={run.name},!{FRONT}")
+
+
+def wait_until_busy(run: kit.Job) -> None:
+    kit.wait_for(
+        "requests are being answered",
+        lambda: run.status.get("progress", {}).get("running", 0) > 0,
+        60,
+        run.describe,
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_greedy_answers_are_those_of_transformers(
+    served: kit.Job, clients: Clients, answers: dict[str, str], stream: bool
+) -> None:
+    asked = requests(answers, stream=stream)
+    check(asked, clients.ask("served-front", asked), answers)
+
+
+def test_who_has_no_token_is_refused(served: kit.Job, clients: Clients, answers: dict[str, str]) -> None:
+    (got,) = clients.ask("served-front", requests(answers, 1), key="wrong", retries=0)
+    assert (got["status"], got["code"]) == (401, "invalid_api_key")
+
+
+def test_what_it_does_is_shown(served: kit.Job, clients: Clients, answers: dict[str, str]) -> None:
+    asked = requests(answers, 40, stream=True)
+    begun = clients.begin("served-front", asked)
+    wait_until_busy(served)
+    header, row = kit.kubectl("get", "pj", "served", "-n", served.namespace.name).splitlines()
+    assert "REQUESTS/S" in header and "QUEUE" in header
+    shown = served.status["summary"]
+    assert (shown["state"], shown["stages"], shown["fronts"]) == ("Running", "2/2", "2/2"), row
+    check(asked, begun.result(), answers)
+    kit.wait_for("the rate is shown", lambda: float(served.status["summary"]["requestsPerSecond"]) > 0, 30)
+
+
+def test_overload_is_refused_with_a_time_to_come_back_and_harms_nobody(
+    served: kit.Job, clients: Clients, answers: dict[str, str]
+) -> None:
+    asked = requests(answers, 200)
+    got = clients.ask("served-front", asked, retries=0)
+    refused = [answer for answer in got if "status" in answer]
+    assert refused, "two fronts take 64 requests each"
+    assert {answer["status"] for answer in refused} == {429}
+    assert all(int(answer["retryAfter"]) > 0 for answer in refused)
+    taken = [(request, answer) for request, answer in zip(asked, got, strict=True) if "text" in answer]
+    check([request for request, _ in taken], [answer for _, answer in taken], answers)
+    assert {pod["status"]["containerStatuses"][0]["restartCount"] for pod in fronts(served.namespace)} == {0}
+
+
+def test_a_killed_front_breaks_its_own_connections_only(
+    served: kit.Job, clients: Clients, answers: dict[str, str]
+) -> None:
+    asked = requests(answers, 32, stream=True)
+    begun = clients.begin("served-front", asked, tries=5)
+    wait_until_busy(served)
+    victim = fronts(served.namespace)[0]["metadata"]["name"]
+    kit.kubectl("delete", "pod", victim, "-n", served.namespace.name, "--grace-period=0", "--force")
+    got = begun.result()
+    check(asked, got, answers)
+    assert any(not answer["lost"] for answer in got), "the other front's connections stay"
+    served.wait("Available")
+    kit.wait_for("there are two fronts again", lambda: served.status["readyFronts"] == 2, 60, served.describe)
+
+
+def test_a_killed_stage_is_a_pause_and_the_answers_stay_the_same(
+    served: kit.Job, clients: Clients, answers: dict[str, str]
+) -> None:
+    asked = requests(answers, 32, stream=True)
+    begun = clients.begin("served-front", asked)
+    wait_until_busy(served)
+    before = {pod["metadata"]["uid"] for pod in fronts(served.namespace)}
+    victim = next(pod for pod in stages(served) if pod["metadata"]["labels"]["pipelinejob.dev/stage"] == "1")
+    kit.kubectl("delete", "pod", victim["metadata"]["name"], "-n", served.namespace.name, "--grace-period=0", "--force")
+    got = begun.result()
+    check(asked, got, answers)
+    assert {answer["lost"] for answer in got} == {0}, "no connection broke"
+    assert {pod["metadata"]["uid"] for pod in fronts(served.namespace)} == before
+    assert served.status["restarts"] == 1
+
+
+def test_stages_are_added_and_taken_while_clients_are_answered(
+    served: kit.Job, clients: Clients, answers: dict[str, str]
+) -> None:
+    asked = requests(answers, 24, stream=True)
+    for count in (4, 2):
+        begun = clients.begin("served-front", asked)
+        wait_until_busy(served)
+        served.patch(stages=count)
+        kit.wait_for(
+            f"{count} stages serve", lambda count=count: served.status["readyStages"] == count, 120, served.describe
+        )
+        got = begun.result()
+        check(asked, got, answers)
+        assert {answer["lost"] for answer in got} == {0}
+
+
+def test_suspended_it_has_no_pods_and_resumed_it_answers(
+    served: kit.Job, clients: Clients, answers: dict[str, str]
+) -> None:
+    served.patch(suspend=True)
+    served.wait("Suspended")
+    kit.wait_for("no pod is left", lambda: served.pods() == [], 60, served.describe)
+    assert served.condition("Available")["status"] == "False"
+    served.patch(suspend=False)
+    served.wait("Available")
+    asked = requests(answers)
+    check(asked, clients.ask("served-front", asked), answers)
+
+
+def test_deleted_it_leaves_nothing(served: kit.Job) -> None:
+    served.delete()
+    kinds = "pods,services,networkpolicies,deployments,configmaps,poddisruptionbudgets"
+    kit.wait_for(
+        "no object of the job is left",
+        lambda: not served.namespace.list(kinds, "pipelinejob.dev/job=served"),
+        60,
+        served.describe,
+    )

@@ -42,6 +42,30 @@ for number, length in enumerate(lengths):
 print("ANSWERS" + json.dumps(answers))
 """
 
+CONTINUE = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+from pipelinejob_worker.models import model_of
+from pipelinejob_worker.protocol import Model
+torch.set_num_threads(1)
+model = model_of(Model.model_validate_json(sys.argv[1]))
+chunk = model.build(range(len(model.names)), seed=0).eval()
+directory = Path("/volume") / Path("/volume/latest").read_text().strip()
+for index, layer in chunk.layers.items():
+    name = model.names[index]
+    state = {key.removeprefix(f"{name}."): value for key, value in load_file(directory / f"{name}.safetensors").items()}
+    weights = {key.removeprefix("weight."): value for key, value in state.items() if key.startswith("weight.")}
+    layer.load_state_dict(weights)
+ids = list(sys.argv[2].encode())
+output = int(sys.argv[3])
+with torch.inference_mode():
+    for _ in range(output):
+        logits = chunk(torch.tensor([ids]), torch.arange(len(ids))[None])
+        ids.append(int(logits[0, -1].argmax()))
+print("ANSWER" + bytes(ids[-output:]).decode(errors="replace"))
+"""
+
 ASK = """
 import asyncio, json, os, sys
 from openai import APIConnectionError, APIError, APIStatusError, AsyncOpenAI
@@ -127,6 +151,12 @@ def make_model(namespace: kit.Namespace, claim: str, lengths: Sequence[int], out
     answers: dict[str, str] = json.loads(said.partition("ANSWERS")[2])
     assert all(len(text) == output for text in answers.values())
     return answers
+
+
+def continued(namespace: kit.Namespace, claim: str, model: kit.Object, prompt: str, output: int) -> str:
+    """What a preset with the weights of a claim's newest checkpoint says after a prompt, in one process, no cache."""
+    said = namespace.run(claim, "python3", "-c", CONTINUE, json.dumps(model), prompt, str(output))
+    return said.partition("ANSWER")[2].removesuffix("\n")
 
 
 def _directory(name: str) -> Path | None:

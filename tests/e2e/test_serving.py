@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from tests.e2e import kit
-from tests.e2e.serving import TOKEN, Clients, make_model
+from tests.e2e.conftest import TEXT
+from tests.e2e.serving import TOKEN, Clients, continued, make_model
 
 LENGTHS = [3, 17, 40, 64, 90, 121, 5, 33]
 OUTPUT = 160
@@ -194,6 +195,24 @@ def test_suspended_it_has_no_pods_and_resumed_it_answers(
     served.wait("Available")
     asked = requests(answers)
     check(asked, clients.ask("served-front", asked), answers)
+
+
+def test_what_a_job_has_trained_is_served_as_soon_as_it_is_saved(namespace: kit.Namespace, clients: Clients) -> None:
+    namespace.text("text", TEXT)
+    namespace.claim("weights")
+    model = {"fromJob": {"name": "trained"}}
+    run = kit.Job(namespace, "told", {"mode": "Serve", "stages": 2, "model": model, "serve": {"fronts": 1}}).create()
+    run.wait("Placed", "False", "ModelJobNotFound")
+
+    spec = kit.spec(3, 30, checkpoint={"volumeClaimName": "weights", "everySteps": 10})
+    kit.Job(namespace, "trained", spec).create().wait_succeeded()
+    run.wait("Available")
+    expected = continued(namespace, "weights", spec["model"], "import os", 16)
+    (got,) = clients.ask(
+        "told-front", [{"model": "told", "prompt": "import os", "max_tokens": 16, "temperature": 0}], key="none"
+    )
+    assert got["text"] == expected
+    run.delete()
 
 
 def test_deleted_it_leaves_nothing(served: kit.Job) -> None:

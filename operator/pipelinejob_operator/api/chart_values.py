@@ -41,7 +41,9 @@ class Resources(_Values):
 
     requests: dict[str, Quantity] = Field({"cpu": "100m", "memory": "128Mi"}, description="What is kept free for it.")
     limits: dict[str, Quantity] = Field(
-        {"memory": "512Mi"}, description="What it cannot exceed. It keeps all jobs and stage pods in memory."
+        {"memory": "512Mi"},
+        description="What it cannot exceed. It keeps all jobs and stage pods in memory, and of each other pod of "
+        "the cluster about 2 KiB.",
     )
 
 

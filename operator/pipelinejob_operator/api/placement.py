@@ -26,7 +26,6 @@ class Placement(Wire):
                 f"!({_LEVELS}) || self.topologyLevels.all(one, self.topologyLevels.exists_one(other, other == one))",
                 "'%s is given twice; allowed: each level once'.format([self.topologyLevels.filter(one, "
                 "!self.topologyLevels.exists_one(other, other == one))[0]])",
-                "FieldValueDuplicate",
             ),
             rule(
                 ".topologyLevels",

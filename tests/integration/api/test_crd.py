@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from tests.cluster.control_plane import ControlPlane
-from tests.integration.api import cases, delegated_cases, network_cases
+from tests.integration.api import cases, delegated_cases, network_cases, placement_cases
 from tests.integration.api.jobs import GOOD, job, worker
 from tests.integration.api.kubectl import Kubectl
 from tests.integration.api.serving import REFUSED_TO_SERVE, SERVED, served
 
 ROOT = Path(__file__).resolve().parents[3]
-REFUSED = cases.REFUSED | network_cases.REFUSED | delegated_cases.REFUSED
-TAKEN = cases.TAKEN | network_cases.TAKEN | delegated_cases.TAKEN
+REFUSED = cases.REFUSED | network_cases.REFUSED | delegated_cases.REFUSED | placement_cases.REFUSED
+TAKEN = cases.TAKEN | network_cases.TAKEN | delegated_cases.TAKEN | placement_cases.TAKEN
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ class TestUpdate:
 
     def test_columns_of_the_wide_output(self, kubectl: Kubectl) -> None:
         header, _ = kubectl.said("get", "pj", "-o", "wide").splitlines()
-        assert " ".join(header.split()[13:]) == "CHECKPOINT FRONTS SCHEDULE BUBBLE-LIMIT MFU REASON"
+        assert " ".join(header.split()[13:]) == "CHECKPOINT FRONTS SCHEDULE BUBBLE-LIMIT MFU CROSSINGS REASON"
 
     def test_pipelines_scale_within_the_rules(self, kubectl: Kubectl) -> None:
         line = kubectl.refusal("patch", "pj/tiny", "--type=merge", "-p", json.dumps({"spec": {"pipelines": 4}}))

@@ -6,9 +6,11 @@ from tests.e2e import kit
 
 BREAK_STAGE_1 = """
 import os, sys
-if os.environ.get("PIPELINE_STAGE") == "1" and "pipelinejob_worker.train" in sys.orig_argv:
-    print("cannot read the moon", flush=True)
-    os._exit(1)
+if os.environ.get("PIPELINE_STAGE") == "1" and "pipelinejob_worker.agent.zygote" in sys.orig_argv:
+    def fail():
+        os.write(1, b"cannot read the moon\\n")
+        os._exit(1)
+    os.register_at_fork(after_in_child=fail)
 """
 
 

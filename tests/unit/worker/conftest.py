@@ -1,7 +1,18 @@
 """What all tests of the worker need."""
 
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A directory on a memory-backed file system, as the pod's volume is."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(scope="session", autouse=True)

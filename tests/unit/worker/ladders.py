@@ -30,7 +30,15 @@ def children(pid: int) -> list[int]:
 class Ladder:
     """The pods of a job, and the operator's hand. ``pods`` by rank."""
 
-    def __init__(self, directory: Path, config: WorkerConfig, stages: int, checkpoints: Path | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: WorkerConfig,
+        stages: int,
+        checkpoints: Path | None = None,
+        *,
+        pipelines: int = 1,
+    ) -> None:
         self._directory = directory
         self._config = config
         self._checkpoints = checkpoints
@@ -40,12 +48,12 @@ class Ladder:
         self._coordinator_port = free_port()
         self.epoch = 1
         self.stages = stages
-        self.pipelines = 1
+        self.pipelines = pipelines
         self.pods: list[Pod] = []
         self.leavers: list[Pod] = []
 
     def __enter__(self) -> Self:
-        self.pods = [self.new_pod() for _ in range(self.stages)]
+        self.pods = [self.new_pod() for _ in range(self.stages * self.pipelines)]
         self.give()
         return self
 

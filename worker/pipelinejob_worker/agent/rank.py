@@ -72,6 +72,7 @@ class Rank:
             limit_bytes=config.recovery.memory_bytes or shutil.disk_usage(directory).total,
             guarded=self._note_guarded,
             settled=self._note_settled,
+            stored=self._note_stored,
         )
         self.records = Records(self.keeper, config.recovery, settings.node, nursery.tail)
         self._address = Address(settings.address, settings.pieces_port)
@@ -229,6 +230,11 @@ class Rank:
         """Every rank holds a step of this incarnation."""
         if self._member and self._plan:
             self._member.tell(messages.Settled(incarnation=self._plan.incarnation))
+
+    def _note_stored(self) -> None:
+        """A copy has come; perhaps from a rank that leaves, after this one has joined."""
+        if self._member and self._member.incarnation is None:
+            self._member.tell(messages.Holds(held=self.keeper.store.held()))
 
     def _note(self, event: Event) -> None:
         """Take in what the worker tells of its group."""

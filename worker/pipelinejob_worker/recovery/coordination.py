@@ -20,6 +20,7 @@ from pipelinejob_worker.recovery.messages import (
     Broken,
     Done,
     Finished,
+    Holds,
     Join,
     Plan,
     Refused,
@@ -165,6 +166,8 @@ class CoordinatorServer:
                     self._send(self._coordinator.join(message))
                 elif rank is None or self._channels.get(rank) is not channel:
                     return  # it speaks before it has joined, or another connection of its rank has replaced it
+                elif isinstance(message, Holds):
+                    self._coordinator.holds(rank, message)
                 elif isinstance(message, Applied):
                     self._send(self._coordinator.applied(rank, message))
                 elif isinstance(message, Broken):
@@ -240,7 +243,7 @@ class Member:
         if self._channel:
             self._channel.send(Broken(incarnation=incarnation, reason=reason, message=message[:1024], own=own))
 
-    def tell(self, message: Settled | Finished) -> None:
+    def tell(self, message: Holds | Settled | Finished) -> None:
         """Tell the coordinator; if it does not arrive, the next incarnation tells it again."""
         if self._channel:
             self._channel.send(message)

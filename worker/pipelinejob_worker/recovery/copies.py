@@ -113,9 +113,11 @@ class PieceServer:
     Only members of this job and of the present incarnation are served.
     """
 
-    def __init__(self, store: SlotStore, job_uid: str) -> None:
+    def __init__(self, store: SlotStore, job_uid: str, stored: Callable[[], object] = lambda: None) -> None:
+        """``stored`` is called after each copy that has come."""
         self._store = store
         self._job_uid = job_uid
+        self._stored = stored
         self._incarnation = NEVER
         self._advanced = asyncio.Condition()
         self._tasks: dict[asyncio.Task[None], Incarnation | None] = {}
@@ -223,6 +225,7 @@ class PieceServer:
             if checksum != put.checksum:
                 raise SlotDamagedError(f"piece {held.piece} of step {held.step} has changed on its way")
             writing.commit(checksum)
+        self._stored()
         await connection.send(Answer(result="done"))
 
     @asynccontextmanager

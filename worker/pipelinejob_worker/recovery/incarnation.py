@@ -15,6 +15,7 @@ from pipelinejob_worker.recovery.messages import (
     Broken,
     Done,
     Finished,
+    Holds,
     Join,
     Plan,
     Refused,
@@ -111,6 +112,11 @@ class Coordinator:
         if not self.missing:
             return self._plan()
         return {rank: message for rank, message in outgoing.items() if rank != join.rank}
+
+    def holds(self, rank: int, message: Holds) -> None:
+        """A rank that has joined holds something else by now; once a plan is made that does not matter."""
+        if rank in self._joins:
+            self._joins[rank] = self._joins[rank].model_copy(update={"held": message.held})
 
     def applied(self, rank: int, message: Applied) -> Outgoing:
         """A rank has applied the plan."""

@@ -33,9 +33,11 @@ class Keeper:
         limit_bytes: int,
         guarded: Callable[[int], object],
         settled: Callable[[], object] = lambda: None,
+        stored: Callable[[], object] = lambda: None,
     ) -> None:
         """``guarded`` is called with each step that the guard has acknowledged; ``settled`` once in each incarnation,
-        when every rank holds a step that was computed in it. Raises OSError.
+        when every rank holds a step that was computed in it; ``stored`` after each copy that has come from another
+        rank. Raises OSError.
         """
         self.store = SlotStore(directory, job_uid, limit_bytes)
         self.limit_bytes = limit_bytes
@@ -47,7 +49,7 @@ class Keeper:
         self.copy_seconds = 0.0
         """Over how long a copy is spread, so that it does not hold up the training's own messages; 0: at full speed."""
 
-        self._server = PieceServer(self.store, job_uid)
+        self._server = PieceServer(self.store, job_uid, stored)
         self._client = PieceClient(self.store, job_uid, rank)
         self._plan: Plan | None = None
         self._settled: Incarnation | None = None

@@ -1,7 +1,7 @@
 """What agents and the agent of rank 0, which coordinates, tell each other: JSON lines over TCP.
 
-Up: ``Join``, ``Applied``, ``Broken``, ``Settled``, ``Finished``. Down: ``Plan``, ``Start``, ``Abort``, ``Refused``,
-``Released``, ``Done``. Both ways: ``Beat``.
+Up: ``Join``, ``Holds``, ``Applied``, ``Broken``, ``Settled``, ``Finished``. Down: ``Plan``, ``Start``, ``Abort``,
+``Refused``, ``Released``, ``Done``. Both ways: ``Beat``.
 """
 
 from typing import Annotated, Literal
@@ -49,6 +49,13 @@ class Join(Wire):
     failures: tuple[FailureRecord, ...] = Field(
         (), max_length=FAILURES_TOLD, description="This rank's newest, for the status of rank 0."
     )
+
+
+class Holds(Wire):
+    """What a rank holds by now: a copy has come to it after it had joined, from a rank that leaves."""
+
+    kind: Literal["holds"] = "holds"
+    held: list[Held] = Field(max_length=MAX_PIECES)
 
 
 class Applied(Wire):
@@ -140,7 +147,7 @@ class Done(Wire):
     kind: Literal["done"] = "done"
 
 
-ToCoordinator = Join | Applied | Broken | Settled | Finished | Beat
+ToCoordinator = Join | Holds | Applied | Broken | Settled | Finished | Beat
 ToMember = Plan | Start | Abort | Refused | Released | Done | Beat
 TO_COORDINATOR: TypeAdapter[ToCoordinator] = TypeAdapter(Annotated[ToCoordinator, Field(discriminator="kind")])
 TO_MEMBER: TypeAdapter[ToMember] = TypeAdapter(Annotated[ToMember, Field(discriminator="kind")])

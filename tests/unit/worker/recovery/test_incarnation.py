@@ -4,6 +4,9 @@ from collections.abc import Mapping
 
 import pytest
 
+from pipelinejob_worker.protocol import FAILURES_KEPT, FailureRecord
+from pipelinejob_worker.recovery.agreement import Holding
+from pipelinejob_worker.recovery.cut import Cut
 from pipelinejob_worker.recovery.incarnation import Coordinator, Failure, Outgoing
 from pipelinejob_worker.recovery.messages import (
     TO_COORDINATOR,
@@ -11,8 +14,13 @@ from pipelinejob_worker.recovery.messages import (
     Abort,
     Applied,
     Broken,
+    Done,
+    Finished,
+    Holds,
     Join,
     Plan,
+    Released,
+    Settled,
     Start,
     ToCoordinator,
     to_line,
@@ -184,8 +192,80 @@ def test_one_that_leaves_and_is_lost_before_the_start_ends_the_attempt() -> None
     assert mine.gone(1, "deleted").keys() >= {0}
 
 
+def test_what_comes_to_a_rank_after_it_has_joined_counts() -> None:
+    copy = Held(piece=Piece(0), step=7, written=Incarnation(2, 9), size=5, layers=1, copied=True)
+    mine = coordinator()
+    mine.holds(0, Holds(held=[copy]))  # not joined: nothing
+    assert mine.join(join(0)) == mine.join(join(1)) == {}
+    mine.holds(1, Holds(held=[copy]))
+    plan = mine.join(join(2))[0]
+    assert isinstance(plan, Plan)
+    assert plan.holdings == [Holding(rank=1, held=copy)]
+
+
+def test_who_leaves_is_released_when_all_hold_a_step_of_the_new_incarnation() -> None:
+    mine, _ = planned(join(0, size=1, leaving=1), join(1, size=1, leaving=1), size=1)
+    assert mine.settled(Settled(incarnation=NEVER)) == {}
+    assert mine.settled(Settled(incarnation=FIRST)) == {1: Released()}
+    assert mine.settled(Settled(incarnation=FIRST)) == {}
+    assert mine.join(join(1, FIRST, size=1, leaving=1)) == {1: Released()}, "and tells it again to one that asks"
+
+
+def test_a_member_that_needs_nothing_of_the_leaving_tells_the_next_coordinator() -> None:
+    mine = coordinator(1)
+    mine.join(join(0, FIRST, size=1))
+    assert mine.join(join(1, FIRST, size=1, leaving=1)) == {1: Released()}
+
+
+def test_the_job_is_done_when_every_rank_has_finished() -> None:
+    mine = started()
+    assert mine.finished(0, Finished(incarnation=FIRST)) == {}
+    assert mine.finished(2, Finished(incarnation=NEVER)) == mine.finished(2, Finished(incarnation=FIRST)) == {}
+    mine.broken(1, broken("Signal", True))
+    for rank in range(3):
+        mine.join(join(rank, FIRST))
+    second = Incarnation(3, 2)
+    said = [mine.finished(rank, Finished(incarnation=second)) for rank in range(3)]
+    assert said == [{}, {}, dict.fromkeys(range(3), Done())], "what was finished before does not count"
+    assert mine.gone(1, "closed") == mine.broken(0, broken("Signal", True, second)) == {}
+    assert mine.join(join(1, second)) == {1: Done()}, "and tells it again to one that asks"
+
+
+def test_the_newest_cut_of_the_shape_is_kept() -> None:
+    def cut(end: int) -> Cut:
+        return Cut(stages=3, pipelines=1, stage_of=(0, 1, 2), ends=(1, end, 9))
+
+    _, said = planned(join(0), join(1, Incarnation(3, 4), cut=cut(5)), join(2, Incarnation(2, 9), cut=cut(6)))
+    plan = said[0]
+    assert isinstance(plan, Plan)
+    assert plan.cut == cut(5)
+    assert plan.cut.needs() == {0: [0], 1: [1, 2, 3, 4], 2: [5, 6, 7, 8]}
+    _, said = planned()
+    assert isinstance(said[0], Plan)
+    assert said[0].cut is None
+
+
+def test_copies_of_a_stage_need_the_same_layers_and_a_stage_those_of_all_its_chunks() -> None:
+    cut = Cut(stages=2, pipelines=2, stage_of=(0, 1, 1, 0), ends=(1, 2, 4, 5))
+    assert cut.needs() == {0: [0, 4], 1: [1, 2, 3], 2: [0, 4], 3: [1, 2, 3]}
+
+
+def test_failures_that_ranks_tell_are_kept_once_and_within_bounds() -> None:
+    def failure(rank: int, at: float) -> FailureRecord:
+        return FailureRecord(rank=rank, at=at, reason="Signal")
+
+    mine = coordinator()
+    mine.join(join(1, failures=[failure(1, 5.0), failure(1, 9.0)]))
+    mine.join(join(0, failures=[failure(0, 7.0)]))
+    mine.join(join(1, failures=[failure(1, 9.0)]))
+    assert [record.at for record in mine.records] == [5.0, 7.0, 9.0]
+    for second in range(10, 10 + FAILURES_KEPT):
+        mine.join(join(0, failures=[failure(0, float(second))]))
+    assert [record.at for record in mine.records] == [float(second) for second in range(10, 10 + FAILURES_KEPT)]
+
+
 def test_messages_travel_as_lines() -> None:
-    sent: list[ToCoordinator] = [join(0), Applied(incarnation=FIRST), broken("Signal", True)]
+    sent: list[ToCoordinator] = [join(0), Applied(incarnation=FIRST), broken("Signal", True), Holds(held=[])]
     assert [TO_COORDINATOR.validate_json(to_line(message)) for message in sent] == sent
     _, said = planned()
     plan = said[0]

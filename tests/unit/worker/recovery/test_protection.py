@@ -40,6 +40,15 @@ def test_between_two_snapshots_the_guards_may_take_their_time() -> None:
     assert decide(protection, 7, 0, 0) == (Protection(interval=3, snapshot=7, guarded=4), True)
 
 
+def test_a_snapshot_that_all_want_before_they_leave_is_taken_as_soon_as_nothing_is_lost_by_it() -> None:
+    protection = Protection(interval=10, snapshot=4, guarded=4)
+    assert decide(protection, 5, 0, 0, wanted=True)[0].snapshot == 5
+    protection = Protection(interval=10, snapshot=4, guarded=1)
+    protection, take = decide(protection, 5, 0, 1, wanted=True)
+    assert not take
+    assert decide(protection, 6, 0, 0, wanted=True)[1]
+
+
 def test_a_vote_waits_for_the_guard_only_where_it_matters_and_only_once() -> None:
     assert Protection(snapshot=4).wait_seconds(5) == GUARD_WAIT_SECONDS
     assert Protection(snapshot=4, interval=2).wait_seconds(5) == 0

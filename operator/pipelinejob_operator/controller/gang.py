@@ -132,16 +132,27 @@ def _scheduling(job: Job, pods: Sequence[StagePod], seen: Observed) -> tuple[Rea
 
 
 def _how(job: Job, pods: Sequence[StagePod], seen: Observed) -> str:
-    """Say how the nodes were chosen, in so far as it was not as the job asked."""
+    """Say what the links cross, and how the nodes were chosen where that was not as the job asked."""
+    return _crossed(seen) + _chosen(job, pods, seen)
+
+
+def _crossed(seen: Observed) -> str:
+    if seen.located is None or len(seen.located.domains) < 2:
+        return ""
+    counts = ", ".join(f"{item.level} {item.count + item.between_pipelines}" for item in seen.located.status.crossings)
+    return f"; links that cross {counts}"
+
+
+def _chosen(job: Job, pods: Sequence[StagePod], seen: Observed) -> str:
     if job.spec.placement.strategy != "Planned":
         return ""
     if not seen.plans:
         return (
-            ", chosen by kube-scheduler with affinity between neighbours: the operator is installed for one namespace, "
+            "; chosen by kube-scheduler with affinity between neighbours: the operator is installed for one namespace, "
             "so it cannot see the nodes to plan"
         )
     if any(pod.opened and pod.opened.why == DYNAMIC_RESOURCES for pod in pods):
-        return ", chosen by kube-scheduler: a DeviceClass stands behind the devices, so only it knows what is free"
+        return "; chosen by kube-scheduler: a DeviceClass stands behind the devices, so only it knows what is free"
     return ""
 
 

@@ -198,7 +198,8 @@ class Placer:
         ahead = [other for other in waiting if other.uid != asking.uid and other.turn < asking.turn]
         cluster = Cluster(self._nodes(), self._inventory.held())
         self._thread = asyncio.ensure_future(asyncio.to_thread(decide, asking, ahead, known, cluster))
-        await asyncio.wait({self._thread}, timeout=PLAN_SECONDS)
+        with metrics.PLAN_SECONDS.time():
+            await asyncio.wait({self._thread}, timeout=PLAN_SECONDS)
         if not self._thread.done():
             return None
         decision = self._thread.result()

@@ -40,6 +40,11 @@ class Request:
     separation: Separation = "Off"
 
     @property
+    def kind(self) -> tuple[object, ...]:
+        """Two gangs of one kind fit on the same nodes, or both do not."""
+        return self.shape, self.demands, self.levels, self.required_level, self.separation, tuple(self.keep.items())
+
+    @property
     def turn(self) -> tuple[bool, int, datetime, str]:
         """Gangs are served by this, the smallest first."""
         return not self.keep, -self.priority, self.created, self.job
@@ -102,16 +107,27 @@ def decide(request: Request, ahead: Sequence[Request], known: Mapping[str, Outco
     cluster could hold has its nodes reserved.
     """
     nodes, outcomes, reserving = cluster.nodes, dict[str, Outcome](), ""
+    hopeless: dict[tuple[object, ...], Infeasible] = {}
+
+    def attempt(one: Request) -> Plan | Infeasible:
+        """Plan, unless one like it has found nothing: what is free only shrinks from turn to turn."""
+        found = hopeless.get(one.kind) or solve(one, nodes)
+        if isinstance(found, Infeasible):
+            hopeless[one.kind] = found
+        return found
+
     for other in ahead:
-        outcome = known.get(other.uid) or Outcome(solve(other, nodes))
+        outcome = known.get(other.uid) or Outcome(attempt(other))
         if isinstance(outcome.plan, Plan):
             nodes = less(nodes, other, outcome.plan.nodes)
-        elif not reserving:
-            outcome = _with_reservation(other, outcome, cluster)
-            if outcome.reserved:
+        else:
+            hopeless[other.kind] = outcome.plan
+            if not reserving:
+                outcome = _with_reservation(other, outcome, cluster)
+            if outcome.reserved and not reserving:
                 nodes, reserving = less(nodes, other, outcome.reserved), other.job
         outcomes[other.uid] = outcome
-    mine = solve(request, nodes)
+    mine = attempt(request)
     behind = ""
     if isinstance(mine, Infeasible) and reserving and not isinstance(solve(request, cluster.nodes), Infeasible):
         behind = reserving

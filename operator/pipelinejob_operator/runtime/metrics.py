@@ -14,6 +14,7 @@ QUEUE_WAIT_SECONDS = Histogram(f"{PREFIX}_queue_wait_seconds", "Time a ready key
 QUEUE_DEPTH = Gauge(f"{PREFIX}_queue_depth", "Keys that are ready for a worker.")
 QUEUE_DELAYED = Gauge(f"{PREFIX}_queue_delayed", "Keys that wait for their time.")
 DRIFT = Counter(f"{PREFIX}_drift", "Objects the watch missed and a re-list found.", ["kind", "what"])
+PLAN_SECONDS = Histogram(f"{PREFIX}_plan_seconds", "Duration of a plan of a gang's nodes.")
 WRITES = Counter(f"{PREFIX}_writes", "Writes to the API server by what was written.", ["what"])
 RESTARTS = Counter(f"{PREFIX}_restarts", "Restarts of gangs because of a failure.")
 LEADER = Gauge(f"{PREFIX}_leader", "1 where this replica leads.")

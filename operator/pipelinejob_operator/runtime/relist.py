@@ -71,18 +71,21 @@ class Relist:
         """List the jobs' pods; with an inventory all pods and nodes, of which only a page at a time is held."""
         if inventory is None:
             return await self._list(PODS, POD_SELECTOR)
-        nodes, version = await self._list(NODES)
-        for node in nodes:
-            inventory.put_node(node)
-        ghosts = inventory.keep_nodes({node["metadata"]["uid"] for node in nodes}, version)
         ours: list[Manifest] = []
-        uids: set[str] = set()
+        nodes: set[str] = set()
+        pods: set[str] = set()
+        version = 0
+        async for items, version in self._kubernetes.pages(NODES, ""):  # noqa: B007
+            for node in items:
+                inventory.put_node(node)
+                nodes.add(node["metadata"]["uid"])
+        ghosts = inventory.keep_nodes(nodes, version)
         async for items, version in self._kubernetes.pages(PODS, self._namespace):  # noqa: B007
             for pod in items:
                 inventory.put_pod(pod)
-                uids.add(pod["metadata"]["uid"])
+                pods.add(pod["metadata"]["uid"])
             ours += [pod for pod in items if is_ours(pod)]
-        ghosts += inventory.keep_pods(uids, version)
+        ghosts += inventory.keep_pods(pods, version)
         if ghosts and self.synced.is_set():
             metrics.DRIFT.labels("inventory", "ghost").inc(ghosts)
         return ours, version

@@ -160,7 +160,9 @@ async def test_a_chain_is_laid_with_the_fewest_crossings_and_the_status_shows_it
         await api.create(JOBS, wants(namespace, stages=4))
         job = await eventually(lambda: api.job(namespace), state("Running"))
         assert pinned(namespace, await api.pods(namespace)) == ["a1", "a1", "a2", "a2"]
-        assert message(job, "Placed") == "all 4 stages have a node"
+        assert (
+            message(job, "Placed") == f"all 4 stages have a node; links that cross {RACK} 0, kubernetes.io/hostname 1"
+        )
         job = await eventually(lambda: api.job(namespace), lambda job: job["status"]["placement"]["strategy"])
         assert job["status"]["placement"] == {
             "strategy": "Planned",

@@ -1,10 +1,14 @@
 """Whose turn it is, what they get, and what is kept for who waits."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import pytest
+
 from pipelinejob_operator.build.place import Shape
-from pipelinejob_operator.controller.placing import Cluster, Decision, Outcome, Request, decide
+from pipelinejob_operator.controller import placing
+from pipelinejob_operator.controller.placing import Cluster, Decision, Outcome, Request, decide, solve
 from pipelinejob_operator.placement.fit import Demand, Node
 from pipelinejob_operator.placement.planner import Infeasible, Plan
 from pipelinejob_operator.placement.topology import levels
@@ -112,6 +116,21 @@ class TestReservation:
         known = {"large": Outcome(Infeasible("", 0), ("n3", "n3"))}
         made = turn(asks("small", 1, 1), asks("large", 2), of=equal, known=known)
         assert made.ahead["large"].reserved == ("n3", "n3")
+
+    def test_of_many_alike_only_one_is_planned(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Fifty that wait would else be planned fifty times whenever something becomes free."""
+        planned: list[str] = []
+
+        def counted(request: Request, nodes: Sequence[Node]) -> Plan | Infeasible:
+            planned.append(request.job)
+            return solve(request, nodes)
+
+        monkeypatch.setattr(placing, "solve", counted)
+        many = [asks(f"job-{number}", 4, number) for number in range(50)]
+        made = turn(many[-1], *many[:-1], of=self.BUSY)
+        assert planned[:2] == ["job-0", "job-0"], "what is free, and for its reservation the emptied cluster"
+        assert set(planned[2:]) <= {"job-49"}, "then only whether the reservation is what stands in the way"
+        assert "of 4 stages fit" in why_not(made)
 
     def test_who_is_known_to_find_nothing_is_not_planned_again(self) -> None:
         """It would fit, so the second look is what would show."""

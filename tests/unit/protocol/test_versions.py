@@ -169,7 +169,7 @@ STATUS_4 = (
             "costPercent": 1.5,
             "problem": "rank 2 does not keep the copy of step 7",
         },
-        "traffic": {"piecesSentBytes": 100, "piecesReceivedBytes": 200},
+        "traffic": {"piecesSentBytes": 100, "piecesReceivedBytes": 200, "piecesFetchedBytes": 50},
         "recovery": {"lastPauseSeconds": 0.5, "resumedStep": 6, "stepsRepeated": 1},
         "released": True,
         "refused": "epoch 3 is not 4",

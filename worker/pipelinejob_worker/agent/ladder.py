@@ -57,7 +57,7 @@ class Ladder:
     def status(self) -> AgentStatus:
         """What this agent knows now."""
         membership, member, state = self._membership, self._member, self._state()
-        sent, received = self._keeper.bytes_sent, self._keeper.bytes_received
+        keeper = self._keeper
         return AgentStatus(
             oldest_reader=RECOVERY_SINCE if state in ("Recovering", "Standby") else OLDEST_READER,
             job_uid=self._settings.job_uid,
@@ -70,7 +70,11 @@ class Ladder:
             worker_restarts=self._records.restarts,
             failures=tuple(self._failures()),
             protection=self._rank.protection,
-            traffic=Traffic(pieces_sent_bytes=sent, pieces_received_bytes=received),
+            traffic=Traffic(
+                pieces_sent_bytes=keeper.bytes_sent,
+                pieces_received_bytes=keeper.bytes_received,
+                pieces_fetched_bytes=keeper.bytes_fetched,
+            ),
             recovery=self._rank.recovery,
             released=member is not None and member.released,
             refused=member.refused if member else "",

@@ -69,6 +69,9 @@ class Traffic(Wire):
 
     pieces_sent_bytes: int = 0
     pieces_received_bytes: int = 0
+    pieces_fetched_bytes: int = Field(
+        0, description="Of those received, the part that this pod has taken over from others, and not the copies."
+    )
 
 
 class RecoveryStatus(Wire):

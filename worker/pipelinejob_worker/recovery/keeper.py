@@ -81,6 +81,11 @@ class Keeper:
         self._rank = rank
         self._client = PieceClient(self.store, self._job_uid, rank, self._client.traffic)
 
+    @property
+    def bytes_fetched(self) -> int:
+        """Payload of pieces that this rank has taken over from others."""
+        return self._client.traffic.received
+
     async def start(self, host: str, port: int = 0) -> int:
         """Serve pieces; return the port. Raises OSError."""
         return await self._server.start(host, port)

@@ -1,7 +1,7 @@
 """Training a job as one of its stages: check, join, resume, train, save, leave."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -153,6 +153,7 @@ class StageJob:
         self._reporter = Reporter(link, logs=self._tells_loss, every_step=store is None)
         self._tracer = Tracer(group, Path(assignment.scratch_directory) if assignment.scratch_directory else None)
         self._saver: AsyncSaver | None = None
+        self._history: History | None = None
         self._resume_problem = ""
         self._started = time.monotonic()
         self._validation: tuple[int, float] | None = None
@@ -161,23 +162,22 @@ class StageJob:
         """Go on from the agents' snapshots or from the newest checkpoint, if there are any, and train."""
         try:
             step = self._resume()
-            history = History(self._directory, step) if self._store and self._tells_loss else None
             problem = self._guarding.problem if self._guarding else ""
             self._link.send(Joined(layers=self._plan.layers_of(self._group.stage), problem=problem))
             self._report(step, now=True)
             try:
-                step = self._train(step, history)
+                step = self._train(step)
                 if self._saver and self._saver.saved_step < step == self._config.training.steps:
-                    self._save(self._saver, step, history, leave=True)  # it ended between the last step and its save
+                    self._save(self._saver, step, leave=True)  # it ended between the last step and its save
             finally:
-                if history:
-                    history.close()
+                if self._history:
+                    self._history.close()
             return self._end(step)
         finally:
             if self._guarding:
                 self._guarding.close()
 
-    def _train(self, step: int, history: History | None) -> int:
+    def _train(self, step: int) -> int:
         """Train from ``step`` finished steps on; return how many are finished at the end."""
         total, resumed = self._config.training.steps, step
         leave = step == total
@@ -192,14 +192,14 @@ class StageJob:
             self._meter.step_finished(result)
             if trace:
                 self._tracer.trace(step, self._loop.engine.timeline.spans())
-            if history:
-                _keep(history.append, step, result.loss)
+            if self._store and self._tells_loss:
+                self._keep_loss(step, result.loss)
             if step == total or not leave or not self._guarding:
                 self._validate(step, leave)
             if self._saver:
                 self._saver.advance(votes)
                 if step == total or save > 0 or not leave:
-                    self._save(self._saver, step, history, leave=leave)
+                    self._save(self._saver, step, leave=leave)
             progress = self._report(step, now=leave or step == resumed + 1)
             self._reporter.log_step(progress, now=leave)
             if self._guarding:
@@ -238,14 +238,22 @@ class StageJob:
             if self._tells_loss:
                 log.info("validated", step=step, validation_loss=self._validation[1])
 
-    def _save(self, saver: AsyncSaver, step: int, history: History | None, *, leave: bool) -> None:
+    def _keep_loss(self, step: int, loss: float) -> None:
+        """Write to the history; a full volume costs lines of it, not the training."""
+        try:
+            self._history = self._history or History(self._directory, step - 1)
+            self._history.append(step, loss)
+        except OSError as error:
+            log.warning("history not written", error=str(error))
+
+    def _save(self, saver: AsyncSaver, step: int, *, leave: bool) -> None:
         """Begin a checkpoint where one is due; before leaving, wait until it is complete."""
         if not leave and step % self._config.checkpoint.every_steps:
             return
         if leave:
             saver.finish(self._group.sum)
         layers = {self._names[index]: self._loop.optimizer.layer_state(index) for index in self._loop.layers}
-        saver.begin(step, layers, self._loop.numbers(), first=history.sync if history else None)
+        saver.begin(step, layers, self._loop.numbers(), first=self._history.sync if self._history else None)
         if leave:
             saver.finish(self._group.sum)
 
@@ -336,13 +344,7 @@ def _open_store(assignment: Assignment, model: LayeredModel) -> CheckpointStore 
         f"{model.fingerprint} seed={assignment.config.training.seed}",
         assignment.attempt,
     )
-    store.check_writable(assignment.membership.rank)
+    if not assignment.part or assignment.part.step is None:
+        # A state that is in memory is worth more than the volume, which may have filled since the job began.
+        store.check_writable(assignment.membership.rank)
     return store
-
-
-def _keep(write: Callable[..., None], *arguments: object) -> None:
-    """Write to the history; a full volume costs lines of it, not the training."""
-    try:
-        write(*arguments)
-    except OSError as error:
-        log.warning("history not written", error=str(error))

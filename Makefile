@@ -64,6 +64,11 @@ test-e2e: $(VENV)/complete ## Run real jobs on the cluster in KUBECONFIG, or on 
 	source tests/cluster/use.sh; \
 	$(PYTHON) -m pytest tests/e2e
 
+.PHONY: chaos
+chaos: $(VENV)/complete ## Let faults strike a job that trains, in an order that SEED= decides, for MINUTES=.
+	@source tests/cluster/use.sh; \
+	$(PYTHON) -m tests.e2e.chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGUMENTS)
+
 .PHONY: test-gpu
 test-gpu: $(VENV)/complete ## Run the stage loop on CUDA and NCCL; says so where there is no device.
 	$(PYTHON) -m pytest -s tests/gpu
@@ -81,6 +86,10 @@ bench-overhead: $(VENV)/complete ## Our loop beside the shortest torch script: s
 .PHONY: bench-partition
 bench-partition: $(VENV)/complete ## Balanced against Even on uneven layers: predicted and measured step time.
 	@OMP_NUM_THREADS=1 $(PYTHON) -m tools.bench.partition
+
+.PHONY: bench-recovery
+bench-recovery: $(VENV)/complete ## Seconds and steps that each fault costs, beside recreating all pods; rescaling; snapshots.
+	@source tests/cluster/use.sh; $(PYTHON) -m tools.bench.recovery
 
 .PHONY: pictures
 pictures: $(VENV)/complete ## Measure and draw a step of every schedule for the documentation.

@@ -37,16 +37,20 @@ def install(*values: str, root: Path = ROOT, suffix: str = "") -> None:
     )
 
 
+def install_anew() -> None:
+    """Install the chart and start the operator: on a cluster that ran before, the tag may name another image by now."""
+    install()
+    where = ("-n", kit.OPERATOR_NAMESPACE, "deployment/pipelinejob")
+    kit.kubectl("rollout", "restart", *where)
+    kit.kubectl("rollout", "status", *where, "--timeout=120s")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def operator() -> None:
     """Install the chart once."""
     if not os.environ.get("KUBECONFIG"):
         pytest.exit("tests/e2e: KUBECONFIG is not set; run `make test-e2e`, which starts a cluster, or set it", 2)
-    install()
-    # On a cluster that ran before, the tag may name another image than it did: start the operator anew.
-    where = ("-n", kit.OPERATOR_NAMESPACE, "deployment/pipelinejob")
-    kit.kubectl("rollout", "restart", *where)
-    kit.kubectl("rollout", "status", *where, "--timeout=120s")
+    install_anew()
 
 
 @pytest.fixture

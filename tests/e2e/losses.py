@@ -16,10 +16,10 @@ def undisturbed(steps: int) -> tuple[float, ...]:
     return of_one_process(kit.spec(steps=steps))
 
 
-def of_one_process(spec: kit.Object) -> tuple[float, ...]:
-    """Losses of a job on the tests' text."""
+def of_one_process(spec: kit.Object, steps: int = 0) -> tuple[float, ...]:
+    """Losses of a job on the tests' text: of its first ``steps`` steps, or of all."""
     with TemporaryDirectory() as directory:
         Path(directory, "text.txt").write_bytes(TEXT)
         train = spec["train"] | {"data": spec["train"]["data"] | {"files": [f"{directory}/*.txt"]}}
         config = WorkerConfig.model_validate({"job": "reference", "jobUid": "reference", **spec, "train": train})
-        return tuple(reference_losses(config, train["steps"], spec.get("pipelines", 1)))
+        return tuple(reference_losses(config, steps or train["steps"], spec.get("pipelines", 1)))

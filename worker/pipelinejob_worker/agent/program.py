@@ -4,8 +4,11 @@ from dataclasses import dataclass
 
 from pipelinejob_worker.protocol import WorkerConfig
 
-TRAIN = "pipelinejob_worker.train.worker:work"
+ENTRY = "pipelinejob_worker.train.worker:work"
 """Function that a forked worker calls with its link; what it returns is the exit code."""
+
+HUGGING_FACE = "pipelinejob_worker.models.hugging_face"
+SERVE = "pipelinejob_worker.serve.run"
 
 
 @dataclass(frozen=True)
@@ -20,4 +23,5 @@ def program_of(config: WorkerConfig, entry: str = "") -> Program:
     """Return what the job's workers run; ``entry`` replaces the program."""
     if entry:
         return Program(entry)
-    return Program(TRAIN, ("pipelinejob_worker.models.hugging_face",) if config.model.hugging_face else ())
+    needs = {HUGGING_FACE: config.model.hugging_face is not None, SERVE: config.mode != "Train"}
+    return Program(ENTRY, tuple(module for module, needed in needs.items() if needed))

@@ -13,7 +13,6 @@ from pipelinejob_worker.pipeline.group import PeerLostError
 from pipelinejob_worker.protocol import ExitCode
 from pipelinejob_worker.recovery.pulse import Heart, LeaveError, Pulse
 from pipelinejob_worker.recovery.sockets import shut_down, tcp_sockets
-from pipelinejob_worker.serve.run import Server
 from pipelinejob_worker.train.job import Trainer
 
 log = structlog.get_logger()
@@ -38,6 +37,8 @@ def work(connection: socket.socket) -> int:
                 job=assignment.config.job, stage=membership.stage, epoch=membership.epoch, process="worker", **attempt
             )
             if assignment.config.mode != "Train":
+                from pipelinejob_worker.serve.run import Server  # noqa: PLC0415 - imports for seconds
+
                 return Server(assignment.config).run(assignment, link)
             trainer = trainer or Trainer(assignment.config)
             if part is None:

@@ -92,7 +92,8 @@ def _setbacks(d: Decision) -> list[Setback]:
 def _unplaced(d: Decision) -> list[Setback]:
     """Pods that do not get the nodes that were planned for them: they are planned anew, alone or with a whole gang."""
     timeout = timedelta(seconds=d.job.spec.placement.provision_timeout_seconds)
-    verdict = release.judge(d.gang.current.values(), timeout, d.now)
+    pods = [*d.gang.current.values(), *(pod for pod in d.gang.joining.values() if pod)]
+    verdict = release.judge(pods, timeout, d.now)
     if verdict.look_again_at:
         d.alarms.append(verdict.look_again_at)
     if verdict.pods:

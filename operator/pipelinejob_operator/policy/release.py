@@ -50,7 +50,9 @@ def judge(gang: Collection[StagePod], provision_timeout: timedelta, now: datetim
         if pod.opened.why == PROVISION:
             due = pod.opened.at + provision_timeout
             if now >= due:
-                return Release(tuple(gang), f"{pod.place} found no node within {provision_timeout.seconds} s")
+                return _release(
+                    gang, pod, f"{pod.place} found no node within {provision_timeout.total_seconds():.0f} s"
+                )
             alarms.append(due)
         elif pod.opened.node and pod.unschedulable:
             due = pod.opened.at + (PREEMPTION_PATIENCE if pod.nominated else UNSCHEDULABLE_PATIENCE)

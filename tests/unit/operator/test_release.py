@@ -81,6 +81,11 @@ def test_provisioned_pods_are_taken_back_when_their_time_is_over() -> None:
     assert (verdict.pods, verdict.avoid) == (gang, "")
 
 
+def test_of_a_gang_that_has_begun_only_the_stage_that_is_provisioned_for_is_taken_back() -> None:
+    lacking = unbound(1, opened=Opened(at=NOW, why="Provision"), unschedulable="no room")
+    assert judge(pinned(0, membership="{}"), lacking, after=600).pods == (lacking,)
+
+
 @pytest.mark.parametrize("facts", [{"phase": "Failed", "reason": "Evicted", "message": "The node was low on memory"}])
 def test_other_failures_are_not_its_business(facts: dict[str, Any]) -> None:
     assert judge(pinned(0), pinned(1, **facts)).pods == ()

@@ -12,8 +12,8 @@ import torch
 from pipelinejob_worker.protocol import Membership
 from pipelinejob_worker.state.checkpoint import CheckpointStore, Written, global_names
 from pipelinejob_worker.state.commit import Resumed, resume
+from pipelinejob_worker.state.layout import Tensors
 from pipelinejob_worker.state.saver import AsyncSaver
-from pipelinejob_worker.state.snapshot import Tensors
 
 Result = TypeVar("Result")
 

@@ -11,7 +11,8 @@ import torch
 from pipelinejob_worker.protocol import Membership
 from pipelinejob_worker.state.checkpoint import CheckpointDamagedError, CheckpointStore, Written, global_names
 from pipelinejob_worker.state.commit import DONE, PENDING, Agreement, Phase, Resumed, Sum
-from pipelinejob_worker.state.snapshot import Snapshot, Tensors
+from pipelinejob_worker.state.layout import Tensors
+from pipelinejob_worker.state.snapshot import Snapshot
 
 log = structlog.get_logger()
 

@@ -1,16 +1,10 @@
 """Copies of a stage's layers at one step, made so fast that training can go on."""
 
-import json
 from collections.abc import Iterator, Mapping
 
 import torch
 
-Tensors = Mapping[str, torch.Tensor]
-
-_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""Names in the safetensors format. https://huggingface.co/docs/safetensors/index#format"""
-
-_ALIGNMENT = 8
+from pipelinejob_worker.state.layout import Layout, Tensors
 
 
 class FileImage:
@@ -22,29 +16,18 @@ class FileImage:
 
     def __init__(self, tensors: Tensors, *, pinned: bool) -> None:
         """Lay out a file for tensors like ``tensors``; ``pinned`` lets a CUDA device copy on its own."""
-        self._layout = _layout(tensors)
-        places, size = dict[str, tuple[int, int]](), 0
-        for key in sorted(tensors, key=lambda key: (-tensors[key].itemsize, key)):  # so each is aligned
-            places[key] = size, size + tensors[key].nbytes
-            size += tensors[key].nbytes
-        header = {
-            key: {"dtype": _TYPES[tensors[key].dtype], "shape": list(tensors[key].shape), "data_offsets": ends}
-            for key, ends in places.items()
-        }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % _ALIGNMENT)
-        prefix = len(text).to_bytes(8, "little") + text
-        self._buffer = torch.empty(len(prefix) + size, dtype=torch.uint8, pin_memory=pinned)
+        self._layout = Layout(tensors)
+        prefix = self._layout.prefix
+        self._buffer = torch.empty(self._layout.size, dtype=torch.uint8, pin_memory=pinned)
         self._buffer[: len(prefix)] = torch.frombuffer(bytearray(prefix), dtype=torch.uint8)
-        data = self._buffer[len(prefix) :]
         self._views = {
-            key: data[start:end].view(tensors[key].dtype).view(tensors[key].shape)
-            for key, (start, end) in places.items()
+            key: self._buffer[place.start : place.end].view(place.dtype).view(place.shape)
+            for key, place in self._layout.places.items()
         }
 
     def fits(self, tensors: Tensors) -> bool:
         """Whether ``tensors`` have the names, shapes and types that the file was laid out for."""
-        return self._layout == _layout(tensors)
+        return self._layout.fits(tensors)
 
     def copy(self, tensors: Tensors) -> None:
         """Copy ``tensors`` into the file; from a CUDA device the copy is queued on its current stream."""
@@ -91,7 +74,3 @@ class Snapshot:
     def files(self) -> Iterator[tuple[str, memoryview]]:
         """Each layer's name and the bytes of its file."""
         return ((name, image.content) for name, image in self._images.items())
-
-
-def _layout(tensors: Tensors) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}

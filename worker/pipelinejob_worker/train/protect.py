@@ -16,7 +16,8 @@ from pipelinejob_worker.recovery.protection import interval
 from pipelinejob_worker.recovery.pulse import Doing, Pulse
 from pipelinejob_worker.recovery.session import Session
 from pipelinejob_worker.recovery.slots import SlotStore
-from pipelinejob_worker.recovery.tensors import Snapshots, Tensors, load
+from pipelinejob_worker.recovery.tensors import Snapshots, load
+from pipelinejob_worker.state.layout import Tensors
 from pipelinejob_worker.train.loop import StageLoop
 
 log = structlog.get_logger()

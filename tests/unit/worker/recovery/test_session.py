@@ -7,7 +7,8 @@ import torch
 
 from pipelinejob_worker.recovery.pieces import Piece
 from pipelinejob_worker.recovery.session import Session
-from pipelinejob_worker.recovery.tensors import Snapshots, Tensors, load
+from pipelinejob_worker.recovery.tensors import Snapshots, load
+from pipelinejob_worker.state.layout import Tensors
 from tests.unit.worker.recovery.snapshots import FIRST, store_in
 
 

@@ -11,7 +11,8 @@ from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.recovery import tensors
 from pipelinejob_worker.recovery.pieces import Piece
 from pipelinejob_worker.recovery.slots import SlotDamagedError, SlotMissingError
-from pipelinejob_worker.recovery.tensors import Layout, Snapshots, load
+from pipelinejob_worker.recovery.tensors import Snapshots, load
+from pipelinejob_worker.state.layout import Layout
 from tests.unit.worker.recovery.snapshots import FIRST, store_in
 
 

@@ -91,6 +91,10 @@ bench-partition: $(VENV)/complete ## Balanced against Even on uneven layers: pre
 bench-recovery: $(VENV)/complete ## Seconds and steps that each fault costs, beside recreating all pods; rescaling; snapshots.
 	@source tests/cluster/use.sh; $(PYTHON) -m tools.bench.recovery
 
+.PHONY: bench-serve
+bench-serve: $(VENV)/complete ## Serving with 1, 2 and 4 stages beside transformers: rate, time to first token, idle stages.
+	@$(PYTHON) -m tools.bench.serve
+
 .PHONY: pictures
 pictures: $(VENV)/complete ## Measure and draw a step of every schedule for the documentation.
 	@OMP_NUM_THREADS=1 $(PYTHON) -m tools.bench.draw

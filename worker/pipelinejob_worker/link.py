@@ -38,6 +38,7 @@ class Part(Wire):
     directory: str = Field(description="Where the slots of snapshots are.")
     memory_bytes: int = Field(description="Most that they may take.")
     pulse: str = Field(description="File of the signs of life.")
+    addresses: tuple[str, ...] = Field((), description="Of this pod and of the next stage's, as the agents know them.")
 
 
 class Assignment(Wire):

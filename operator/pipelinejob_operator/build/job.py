@@ -107,8 +107,12 @@ class Job:
 
     @property
     def recovers(self) -> bool:
-        """Whether its agents recover single stages by themselves."""
-        return self.runs_agent and self.spec.mode == "Train" and self.spec.recovery.strategy == "Ladder"
+        """Whether its agents recover single stages by themselves.
+
+        Of replicas each has to live and die alone, so that a job of several is left to the operator.
+        """
+        alone = self.spec.mode == "Train" or self.spec.pipelines == 1
+        return self.runs_agent and alone and self.spec.recovery.strategy == "Ladder"
 
     @property
     def snapshot_memory_bytes(self) -> int:

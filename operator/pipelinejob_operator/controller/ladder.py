@@ -53,8 +53,10 @@ def live(d: Decision) -> Decision:
 def told(d: Decision) -> None:
     """Copy what the agents tell of recovery."""
     if agent := d.seen.agent:
-        d.draft.set(protection=protection(agent), last_recovery=last_recovery(agent) or d.job.status.last_recovery)
-        d.draft.condition(ConditionType.PROTECTED, *protected(agent))
+        d.draft.set(last_recovery=last_recovery(agent) or d.job.status.last_recovery)
+        if d.job.spec.mode == "Train":  # what serves has no state to protect: fronts hold the requests
+            d.draft.set(protection=protection(agent))
+            d.draft.condition(ConditionType.PROTECTED, *protected(agent))
 
 
 def look(d: Decision) -> recovery.Look:

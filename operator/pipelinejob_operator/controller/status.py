@@ -47,7 +47,7 @@ class Draft:
         absent = {
             *(() if _saves(job) else (ConditionType.CHECKPOINTED,)),
             *(() if job.spec.serve else (ConditionType.AVAILABLE,)),
-            *(() if job.recovers else (ConditionType.PROTECTED,)),
+            *(() if job.recovers and job.spec.mode == "Train" else (ConditionType.PROTECTED,)),
         }
         self._shown = [kind for kind in ConditionType if kind not in absent]
         for kind in self._shown:

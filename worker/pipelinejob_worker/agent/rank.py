@@ -265,7 +265,7 @@ class Rank:
 
     def _note_progress(self, event: Reached) -> None:
         progress, protection = event.progress, event.protection
-        if self._broke_at is not None and progress.step > self.recovery.resumed_step:
+        if self._broke_at is not None and (progress.step > self.recovery.resumed_step or progress.serving):
             pause = time.monotonic() - self._broke_at
             self._broke_at = None
             self.recovery = self.recovery.model_copy(update={"last_pause_seconds": pause})
@@ -291,7 +291,9 @@ class Rank:
     def _crashed(self, ended: Ending, incarnation: Incarnation) -> None:
         """Note a failure of this rank's own, which may be one too many."""
         rank = self._membership.rank if self._membership else 0
-        final = self.records.note(ended, rank, self.progress.step, incarnation)
+        # What serves makes no steps, so that it cannot end at the same one again and again.
+        step = self.progress.step if self._config.mode != "Serve" else incarnation.attempt
+        final = self.records.note(ended, rank, step, incarnation)
         if ended.code == ExitCode.CONFIGURATION:
             final = ended
         if final and not self.ended.done():
@@ -337,6 +339,7 @@ class Rank:
                 directory=str(settings.recovery_directory),
                 memory_bytes=self.keeper.limit_bytes,
                 pulse=str(settings.recovery_directory / _PULSE),
+                addresses=(settings.address, plan.addresses[_next(membership)].host),
             ),
         )
 
@@ -364,3 +367,8 @@ class Rank:
         if self._listener:
             self._listener.close()
             self._listener = None
+
+
+def _next(membership: Membership) -> int:
+    """Rank of the stage behind this one, of stage 0 behind the last one."""
+    return membership.pipeline * membership.stages + (membership.stage + 1) % membership.stages

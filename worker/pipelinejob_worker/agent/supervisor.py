@@ -95,7 +95,7 @@ class Agent:
         settings = self._settings
         nursery = self._nursery = Nursery(program_of(config, settings.entry))
         place: tuple[int, int] | None = (settings.stage, settings.pipeline)
-        if config.recovery.strategy == "Ladder" and config.mode == "Train":
+        if config.recovery.strategy == "Ladder":
             self._supervision, place = Ladder(settings, config, nursery), None
         else:
             self._supervision = Gang(settings, config, nursery)

@@ -13,7 +13,7 @@ from pipelinejob_worker.serve.batch import Batch, Drawn
 from pipelinejob_worker.serve.fronts import Arrived, Fronts, Left
 from pipelinejob_worker.serve.hop import End, Hop, HopError, Passed, Returned
 from pipelinejob_worker.serve.meter import Meter
-from pipelinejob_worker.serve.ring import Ring
+from pipelinejob_worker.serve.ring import Departure, Ring
 from pipelinejob_worker.serve.sampling import draw
 from pipelinejob_worker.serve.scheduler import Ended, Event, Limits, Refusal, Request, Scheduler
 from pipelinejob_worker.serve.text import Decode, StopWatch
@@ -24,6 +24,9 @@ TICK_SECONDS = 1.0
 
 SILENCE_SECONDS = 60.0
 """A batch that takes longer to come back is lost: a stage is stopped, or a network is cut."""
+
+IDLE_SECONDS = 1.0
+"""How often a stage that waits for batches says that it does."""
 
 END_SECONDS = 10.0
 """How long stage 0 waits at the end until the others have heard of it."""
@@ -39,7 +42,10 @@ class Layers(Protocol):
 class Follower:
     """A stage other than stage 0: takes batches in order, and keeps nothing of them but keys and values."""
 
-    def __init__(self, layers: Layers, ring: Ring, epoch: int, *, last: bool) -> None:
+    def __init__(
+        self, layers: Layers, ring: Ring, epoch: int, *, last: bool, departure: Departure | None = None
+    ) -> None:
+        self._departure = departure or Departure()
         assert ring.before is not None
         assert ring.after is not None
         self._layers, self._before, self._after = layers, ring.before, ring.after
@@ -48,9 +54,19 @@ class Follower:
         self._busy = 0.0
 
     def run(self) -> None:
-        """Work until the end; raises HopError when a neighbour leaves before."""
+        """Work until the end; raises HopError when a neighbour leaves before.
+
+        The next batch is received while this one is computed, so that a stage that is behind never waits for it.
+        """
+        received = _received_ahead(self._before)
         while True:
-            message = self._before.receive()
+            self._departure.waits()
+            try:
+                message = received.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                continue
+            if isinstance(message, _Broken):
+                raise message.error
             if message.epoch < self._epoch:
                 continue
             if isinstance(message, End) and message.epoch == self._epoch:
@@ -59,6 +75,7 @@ class Follower:
                 return
             if not isinstance(message, Passed) or message.epoch > self._epoch:
                 raise HopError(f"the stage before sent a message of epoch {message.epoch}; this is {self._epoch}")
+            self._departure.computes()
             began = time.monotonic()
             result = self._layers.run(message.batch, message.hidden)
             drawn = drawn_behind(message.batch, result) if self._last else ()
@@ -68,6 +85,21 @@ class Follower:
                 self._after.send(Returned(self._epoch, message.batch.number, drawn, busy))
             else:
                 self._after.send(Passed(self._epoch, message.batch, result, busy))
+
+
+def _received_ahead(before: Hop) -> "queue.SimpleQueue[Passed | Returned | End | _Broken]":
+    """Return what comes over a hop as it comes, in a thread: no more than stage 0 has in flight; last why it ended."""
+    received: queue.SimpleQueue[Passed | Returned | End | _Broken] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(before, received.put), name="receiver", daemon=True).start()
+    return received
+
+
+def _receive(before: Hop, put: "Callable[[Passed | Returned | End | _Broken], None]") -> None:
+    try:
+        while True:
+            put(before.receive())
+    except HopError as error:
+        put(_Broken(error))
 
 
 def drawn_behind(batch: Batch, logits: torch.Tensor) -> tuple[Drawn, ...]:
@@ -99,9 +131,11 @@ class Leader:
         decode: Decode | None,
         *,
         report: Callable[[Stats], None] = lambda _: None,
+        departure: Departure | None = None,
     ) -> None:
         """``report`` is told the statistics, about once a second."""
         self._report = report
+        self._departure = departure or Departure()
         self._layers = layers
         self._ring = ring
         self._ready = ready
@@ -126,7 +160,9 @@ class Leader:
         try:
             listening(fronts.port)
             if self._ring.before:
-                threading.Thread(target=self._read, args=(self._ring.before,), name="tokens", daemon=True).start()
+                # Takes tokens off the last stage's hands at any time, so that it never waits to send.
+                arguments = (self._ring.before, self._inbox.put)
+                threading.Thread(target=_receive, args=arguments, name="tokens", daemon=True).start()
             self._loop(fronts)
             self._end()
         finally:
@@ -146,17 +182,10 @@ class Leader:
                 break
         raise HopError(f"the other stages have not ended within {END_SECONDS:.0f} s")
 
-    def _read(self, before: Hop) -> None:
-        """Take tokens off the last stage's hands at any time, so that it never waits to send."""
-        try:
-            while True:
-                self._inbox.put(before.receive())
-        except HopError as error:
-            self._inbox.put(_Broken(error))
-
     def _loop(self, fronts: Fronts) -> None:
         tick = time.monotonic()
         while True:
+            self._departure.waits()
             now = time.monotonic()
             self._answer(self.scheduler.expire(now))
             self._check_silence(now)
@@ -244,6 +273,7 @@ class Leader:
         return ""
 
     def _send(self, batch: Batch) -> None:
+        self._departure.computes()
         began = time.monotonic()
         result = self._layers.run(batch)
         drawn = () if self._ring.after else drawn_behind(batch, result)

@@ -66,10 +66,12 @@ class Fronts:
         self.port = port_or_error
 
     def send(self, messages: Iterable[tuple[int, Wire]]) -> None:
-        """Send each message to its connection; those to connections that have ended are dropped."""
-        lines = [(connection, to_line(message)) for connection, message in messages]
-        if lines:
-            self._loop.call_soon_threadsafe(self._write, lines)
+        """Send each message to its connection; those to connections that have ended are dropped.
+
+        They are rendered by the other thread: this one is what all stages wait for.
+        """
+        if taken := list(messages):
+            self._loop.call_soon_threadsafe(self._write, taken)
 
     def broadcast(self, stats: Stats) -> None:
         """Send statistics to all fronts, and again while no newer ones come: so they know that this end lives."""
@@ -122,10 +124,10 @@ class Fronts:
             writer.transport.abort()
             self._post(Left(connection))
 
-    def _write(self, lines: Iterable[tuple[int, bytes]]) -> None:
-        for connection, line in lines:
+    def _write(self, messages: Iterable[tuple[int, Wire]]) -> None:
+        for connection, message in messages:
             if writer := self._writers.get(connection):
-                self._write_line(connection, writer, line)
+                self._write_line(connection, writer, to_line(message))
 
     def _write_all(self, line: bytes) -> None:
         self._spoke, self._latest = True, line

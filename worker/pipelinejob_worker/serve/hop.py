@@ -40,6 +40,7 @@ _PIECE = np.dtype(
 _TOKEN = np.dtype([("token", "<i4"), ("alternatives", "u1"), ("has_logprob", "u1"), ("logprob", "<f8")])
 _ALTERNATIVE = np.dtype([("token", "<i4"), ("logprob", "<f8")])
 _NO_TOKEN = -1
+_NO_SAMPLING = Sampling()
 
 KEEPALIVE_SECONDS = 5
 UNACKNOWLEDGED_MILLISECONDS = 10_000
@@ -237,7 +238,7 @@ def _parts(message: Passed | Returned | End) -> list[bytes | memoryview]:
 
 
 def _piece_row(piece: Piece) -> tuple[int | float, ...]:
-    sampling = piece.sampling or Sampling()
+    sampling = piece.sampling or _NO_SAMPLING
     return (
         piece.start,
         piece.count,

@@ -81,10 +81,9 @@ class ServeJob:
             self._begin_file()
         circle = form(member, self._listener, repr(self._service)[:4096], time.monotonic() + FORM_SECONDS, departure)
         try:
-            stage, held = self._load(circle)
+            held = self._load(circle, departure)
             log.info("joined the ring", stages=member.stages, layers=describe(held.cut[member.stage]), step=held.step)
-            self._serve(circle, stage, held, departure, tell)
-            departure.check()
+            self._serve(circle, held, departure, tell)
         finally:
             self._leader = None
             circle.close()
@@ -110,11 +109,14 @@ class ServeJob:
             return None
         return Trained(directory, f"{self._model.fingerprint} seed={source.seed}", source.job)
 
-    def _load(self, circle: Circle) -> tuple[Stage, Held]:
+    def _load(self, circle: Circle, departure: Departure) -> Held:
         """Agree with the others on what to load, and load what is not loaded yet."""
 
         def exchange(note: dict[str, object]) -> list[dict[str, object]]:
-            return circle.exchange(note, LOAD_SECONDS)
+            departure.waits()
+            heard = circle.exchange(note, LOAD_SECONDS)
+            departure.computes()
+            return heard
 
         member, model, source = circle.member, self._model, self._config.source
         offer = Offer(held=self._held, steps=tuple(self._trained.steps()) if self._trained else ())
@@ -131,7 +133,7 @@ class ServeJob:
             gc.collect()  # before there are others, not when there is no room for them
             self._layers = (mine, self._built(mine, step))
         self._held = held
-        return self._layers[1], held
+        return held
 
     def _built(self, indices: range, step: int) -> Stage:
         engine, trained, began = self._config.engine, self._trained, time.monotonic()
@@ -145,13 +147,12 @@ class ServeJob:
         log.info("layers loaded", layers=describe(indices), seconds=round(time.monotonic() - began, 2))
         return stage
 
-    def _serve(
-        self, circle: Circle, stage: Stage, held: Held, departure: Departure, tell: Callable[[Event], None]
-    ) -> None:
+    def _serve(self, circle: Circle, held: Held, departure: Departure, tell: Callable[[Event], None]) -> None:
+        assert self._layers
+        _, stage = self._layers
+
         def started(leader: Leader | None, _port: int) -> None:
             self._leader = leader
-            if leader and circle.member.last:
-                departure.stops(leader.stop)
             tell(Joined(layers=describe(held.cut[circle.member.stage])))
             tell(Reached(progress=self._progress(held, None)))
             self._stop_at_the_end()
@@ -166,6 +167,7 @@ class ServeJob:
             decode=tokenizer.decode if tokenizer else None,
             started=started,
             report=lambda stats: tell(Reached(progress=self._progress(held, stats))),
+            departure=departure,
         )
         tell(Reached(progress=self._progress(held, None)))
 

@@ -50,10 +50,13 @@ class Member:
 class Departure:
     """The order to leave the group. It can come from any thread; whoever waits for a neighbour gets HopError then."""
 
-    def __init__(self) -> None:
+    def __init__(self, says: Callable[[bool], None] = lambda _: None) -> None:
+        """``says``: told by the main thread whether it waits for others or computes, at least once a second while it
+        waits; it may raise.
+        """
+        self._says = says
         self._lock = threading.Lock()
         self._connections: list[socket.socket] = []
-        self._alone: Callable[[], None] | None = None
         self.ordered = False
 
     def order(self) -> None:
@@ -62,15 +65,6 @@ class Departure:
             self.ordered = True
             for connection in self._connections:
                 _shut(connection)
-            if self._alone:
-                self._alone()
-
-    def stops(self, alone: Callable[[], None]) -> None:
-        """Have the order call this, for a stage that has no neighbours."""
-        with self._lock:
-            self._alone = alone
-            if self.ordered:
-                alone()
 
     def ends(self, connection: socket.socket) -> socket.socket:
         """Have the order end this connection."""
@@ -80,10 +74,15 @@ class Departure:
                 _shut(connection)
         return connection
 
-    def check(self) -> None:
-        """Raise HopError if the order has been given."""
+    def waits(self) -> None:
+        """Say that this stage is about to wait for others. Raises HopError if the order has been given."""
+        self._says(True)
         if self.ordered:
             raise HopError("this stage was told to leave")
+
+    def computes(self) -> None:
+        """Say that this stage is about to compute, or to load."""
+        self._says(False)
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def form(member: Member, listener: socket.socket, fingerprint: str, deadline: fl
     ``fingerprint``: what all stages must have in common. Raises HopError; others' connections are refused.
     """
     if member.next_address is None:
-        departure.check()
+        departure.waits()
         return Circle(member, None, None)
     before: socket.socket | None = None
     after: socket.socket | None = None
@@ -183,7 +182,7 @@ def _connect(
     greeting = {"epoch": member.epoch, "stage": member.stage, "fingerprint": fingerprint}
     problem = "it does not listen"
     while True:
-        departure.check()
+        departure.waits()
         try:
             connection = departure.ends(socket.create_connection(address, timeout=_left(deadline, problem)))
         except OSError as error:
@@ -215,7 +214,7 @@ def _accept(
     """Wait for the stage before, and pass over whoever else connects: stages of another epoch, strangers."""
     stage_before = (member.stage - 1) % member.stages
     while True:
-        departure.check()
+        departure.waits()
         listener.settimeout(min(LOOK_SECONDS, _left(deadline, f"stage {stage_before} does not come")))
         try:
             connection, _ = listener.accept()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pipelinejob_worker.serve.engine import Follower, Layers, Leader
 from pipelinejob_worker.serve.hop import Bounds
-from pipelinejob_worker.serve.ring import Circle
+from pipelinejob_worker.serve.ring import Circle, Departure
 from pipelinejob_worker.serve.scheduler import Limits
 from pipelinejob_worker.serve.text import Decode
 from pipelinejob_worker.serve.wire import Ready, Stats
@@ -44,20 +44,22 @@ def serve(
     decode: Decode | None = None,
     started: Callable[[Leader | None, int], None] = lambda *_: None,
     report: Callable[[Stats], None] = lambda _: None,
+    departure: Departure | None = None,
 ) -> None:
     """Serve as a stage of ``circle`` until stage 0 is told to stop. The layers are as good as new for another epoch.
 
     ``blocks``: of this stage's cache. ``front``: host and port at which stage 0 listens to fronts. ``started`` is told
     of stage 0 the leader and the port of the fronts; ``report``, on stage 0, the statistics.
 
-    Raises HopError when a stage is lost.
+    Raises HopError when a stage is lost, or at the order of ``departure``.
     """
-    member = circle.member
+    member, departure = circle.member, departure or Departure()
+    departure.waits()
     agreed = min(note["blocks"] for note in circle.exchange({"blocks": blocks}, LOAD_SECONDS))
     ring = circle.ring(Bounds(member.stages, service.batch_tokens, service.width, agreed))
     if member.stage:
         started(None, 0)
-        Follower(layers, ring, member.epoch, last=member.last).run()
+        Follower(layers, ring, member.epoch, last=member.last, departure=departure).run()
         return
     limits = Limits(
         blocks=agreed,
@@ -72,5 +74,5 @@ def serve(
         context=limits.request_tokens,
         deterministic=service.deterministic,
     )
-    leader = Leader(layers, ring, ready, limits, decode, report=report)
+    leader = Leader(layers, ring, ready, limits, decode, report=report, departure=departure)
     leader.run(*front, lambda port: started(leader, port))

@@ -3,6 +3,7 @@
 import socket
 import traceback
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
@@ -10,7 +11,7 @@ from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.link import AgentGoneError, AgentLink, Assignment, Failed, Finished, Left
 from pipelinejob_worker.logs import configure
 from pipelinejob_worker.pipeline.group import PeerLostError
-from pipelinejob_worker.protocol import ExitCode
+from pipelinejob_worker.protocol import ExitCode, WorkerConfig
 from pipelinejob_worker.recovery.pulse import Heart, LeaveError, Pulse
 from pipelinejob_worker.recovery.sockets import shut_down, tcp_sockets
 from pipelinejob_worker.train.job import Trainer
@@ -21,14 +22,21 @@ UNEXPECTED = 1
 """Exit code of a failure that is this stage's own."""
 
 
+class Job(Protocol):
+    """What a worker keeps of its job from one group to the next: a ``Trainer`` or a ``Server``."""
+
+    def run(self, assignment: Assignment, link: AgentLink, pulse: Pulse | None = None) -> ExitCode:
+        """Take part in one group; return SUCCEEDED or DRAINED."""
+
+
 def work(connection: socket.socket) -> int:
-    """Train what is assigned, and return the exit code; a failure is told to the agent first.
+    """Train or serve what is assigned, and return the exit code; a failure is told to the agent first.
 
     Where the agents recover by themselves, this takes part in one incarnation of the group after another.
     """
     link = AgentLink(connection)
     try:
-        trainer: Trainer | None = None
+        job: Job | None = None
         while True:
             assignment = link.assignment()
             membership, part = assignment.membership, assignment.part
@@ -36,14 +44,10 @@ def work(connection: socket.socket) -> int:
             configure(
                 job=assignment.config.job, stage=membership.stage, epoch=membership.epoch, process="worker", **attempt
             )
-            if assignment.config.mode != "Train":
-                from pipelinejob_worker.serve.run import Server  # noqa: PLC0415 - imports for seconds
-
-                return Server(assignment.config).run(assignment, link)
-            trainer = trainer or Trainer(assignment.config)
+            job = job or _job(assignment.config)
             if part is None:
-                return trainer.run(assignment, link)
-            link.send(_take_part(trainer, assignment, link, Pulse.open(Path(part.pulse))))
+                return job.run(assignment, link)
+            link.send(_take_part(job, assignment, link, Pulse.open(Path(part.pulse))))
     except AgentGoneError as error:
         log.warning("stopped", error=str(error))
         return UNEXPECTED
@@ -56,12 +60,20 @@ def work(connection: socket.socket) -> int:
         return _fail(link, UNEXPECTED, type(error).__name__, str(error))
 
 
-def _take_part(trainer: Trainer, assignment: Assignment, link: AgentLink, pulse: Pulse) -> Left | Finished:
-    """Train in one incarnation; return how it ended, if not by a failure of this stage's own."""
+def _job(config: WorkerConfig) -> Job:
+    if config.mode == "Train":
+        return Trainer(config)
+    from pipelinejob_worker.serve.run import Server  # noqa: PLC0415 - imports for seconds
+
+    return Server(config)
+
+
+def _take_part(job: Job, assignment: Assignment, link: AgentLink, pulse: Pulse) -> Left | Finished:
+    """Train or serve in one incarnation; return how it ended, if not by a failure of this stage's own."""
     before = tcp_sockets()
     heart = Heart(pulse, lambda: shut_down(spare=before))
     try:
-        code = trainer.run(assignment, link, pulse)
+        code = job.run(assignment, link, pulse)
     except LeaveError as error:
         return Left(reason="Ordered", message=str(error))
     except PeerLostError as error:

@@ -19,30 +19,30 @@ def text(epoch: int, **members: object) -> str:
 
 @pytest.mark.parametrize(("epoch", "seen", "counts"), [(1, 0, True), (5, 4, True), (4, 4, False), (3, 4, False)])
 def test_only_a_newer_epoch_counts(epoch: int, seen: int, counts: bool) -> None:
-    assert (newer_membership(text(epoch), 2, seen) is not None) == counts
+    assert (newer_membership(text(epoch), (2, 0), seen) is not None) == counts
 
 
 @pytest.mark.parametrize("empty", ["", "\n"])
 def test_an_empty_file_is_no_membership_yet(empty: str) -> None:
-    assert newer_membership(empty, 2, 0) is None
+    assert newer_membership(empty, (2, 0), 0) is None
 
 
 def test_an_old_membership_of_another_stage_is_only_old() -> None:
-    assert newer_membership(text(3, stage=1), 2, 4) is None
+    assert newer_membership(text(3, stage=1), (2, 0), 4) is None
 
 
 def test_the_same_stage_of_another_pipeline_is_another_pods() -> None:
     second = text(1, pipeline=1, pipelines=2)
-    assert newer_membership(second, 2, 0, pipeline=1).world_size == 8
+    assert newer_membership(second, (2, 1), 0).world_size == 8
     with pytest.raises(
         ConfigurationError, match="is of stage 2 of pipeline 1; allowed: this pod's stage 2 of pipeline 0"
     ):
-        newer_membership(second, 2, 0)
+        newer_membership(second, (2, 0), 0)
 
 
 def test_a_member_that_a_newer_operator_added_does_no_harm() -> None:
     newer = json.loads(text(1)) | {"addedLater": {"x": 1}}
-    assert newer_membership(json.dumps(newer), 2, 0).epoch == 1
+    assert newer_membership(json.dumps(newer), (2, 0), 0).epoch == 1
 
 
 def test_progress_decides_whether_exit_code_0_is_success() -> None:
@@ -125,7 +125,7 @@ def test_metrics_leave_out_what_is_not_known() -> None:
     assert 'pipelinejob_stage_running{stage="1"} 1.0' in lines
     assert 'pipelinejob_stage_epoch{stage="1"} 3' in lines
     assert 'pipelinejob_stage_step{stage="1"} 5' in lines
-    assert not [line for line in lines if "loss" in line or "bubble" in line or "busy" in line]
+    assert not [line for line in lines if "stage_loss" in line or "bubble" in line or "busy" in line]
 
 
 def test_the_environment_says_which_stage_this_is() -> None:

@@ -56,7 +56,7 @@ def served(namespace: kit.Namespace, answers: dict[str, str]) -> kit.Job:
             "deterministic": True,
             "keyValueCacheMiB": 16,
             "bearerTokenSecretName": "token",
-            "limits": {"requests": 64},
+            "limits": {"requests": 64, "recoverySeconds": 300},
         },
         "template": template(),
     }
@@ -152,6 +152,7 @@ def test_a_killed_front_breaks_its_own_connections_only(
     kit.wait_for("there are two fronts again", lambda: served.status["readyFronts"] == 2, 60, served.describe)
 
 
+@pytest.mark.timeout(600)
 def test_a_killed_stage_is_a_pause_and_the_answers_stay_the_same(
     served: kit.Job, clients: Clients, answers: dict[str, str]
 ) -> None:
@@ -168,6 +169,7 @@ def test_a_killed_stage_is_a_pause_and_the_answers_stay_the_same(
     assert served.status["restarts"] == 1
 
 
+@pytest.mark.timeout(900)
 def test_stages_are_added_and_taken_while_clients_are_answered(
     served: kit.Job, clients: Clients, answers: dict[str, str]
 ) -> None:
@@ -177,7 +179,7 @@ def test_stages_are_added_and_taken_while_clients_are_answered(
         wait_until_busy(served)
         served.patch(stages=count)
         kit.wait_for(
-            f"{count} stages serve", lambda count=count: served.status["readyStages"] == count, 120, served.describe
+            f"{count} stages serve", lambda count=count: served.status["readyStages"] == count, 240, served.describe
         )
         got = begun.result()
         check(asked, got, answers)
@@ -197,6 +199,7 @@ def test_suspended_it_has_no_pods_and_resumed_it_answers(
     check(asked, clients.ask("served-front", asked), answers)
 
 
+@pytest.mark.timeout(600)
 def test_what_a_job_has_trained_is_served_as_soon_as_it_is_saved(namespace: kit.Namespace, clients: Clients) -> None:
     namespace.text("text", TEXT)
     namespace.claim("weights")

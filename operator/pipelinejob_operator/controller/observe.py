@@ -86,7 +86,7 @@ class Observer:
             return seen
         found = source.find(job, self._source(job))
         pipelines = range(job.spec.pipelines)
-        answers = [self._agents.last(job.uid, job.status.attempt + 1, pipeline) for pipeline in pipelines]
+        answers = [self._agents.last(job.uid, epoch_of(job), pipeline) for pipeline in pipelines]
         seen = replace(
             seen,
             pipelines=[answer for answer in answers if answer],

@@ -48,6 +48,9 @@ def plan(job: Job, seen: Observed, now: datetime, installation: Installation) ->
     if lifecycle.finished(job.status.conditions):
         return _after_the_end(job, seen, now, installation)
     decided = _active(Decision(job, seen, now, installation))
+    decided.actions = serving.makeable(decided.actions, seen)
+    if seen.source_problem:
+        decided.alarms.append(now + gang_plan.SOURCE_PATIENCE)
     if job.spec.serve:
         decided.actions += serving.idle_fronts(job, seen, decided.draft, installation)
         serving.tell(job, seen, decided.draft)
@@ -218,7 +221,7 @@ def _suspend(d: Decision) -> Decision:
 
 def _lost_progress(d: Decision) -> str:
     """Warn that a job without a volume begins anew: memory goes with the pods."""
-    if d.job.spec.checkpoint.volume_claim_name or not d.job.runs_agent:
+    if d.job.spec.checkpoint.volume_claim_name or not (d.job.runs_agent and d.job.spec.train):
         return ""
     return "; without spec.checkpoint.volumeClaimName nothing is saved, so a resume begins at step 0"
 
@@ -331,10 +334,9 @@ def _tend(d: Decision) -> Decision:
         return d
     if d.seen.unplaced:
         d.alarms.append(d.seen.unplaced.retry_at)
-    todo = serving.makeable(gang_plan.actions(d.job, d.gang, d.seen, d.installation), d.seen)
+    todo = gang_plan.actions(d.job, d.gang, d.seen, d.installation)
     if d.seen.network_due and not any(isinstance(action, ApplyObject) for action in todo):
-        standing = [ApplyObject(manifest) for manifest in gang_plan.standing(d.job, d.seen, d.installation)]
-        d.actions += serving.makeable(standing, d.seen)
+        d.actions += [ApplyObject(manifest) for manifest in gang_plan.standing(d.job, d.seen, d.installation)]
     d.actions += todo
     gang_plan.observe_placement(d)
     d.draft.condition(ConditionType.RUNNING, *gang_plan.running(d.gang, d.job.shape.size))
@@ -344,7 +346,6 @@ def _tend(d: Decision) -> Decision:
 def _hindrance(d: Decision) -> Verdict | None:
     """What keeps the pods from being made: then none may stand, so that no half gang holds anything."""
     if d.seen.source_problem:
-        d.alarms.append(d.now + gang_plan.SOURCE_PATIENCE)
         return d.seen.source_problem
     if d.seen.claim_missing:
         placed = _condition(d.job.status, ConditionType.PLACED)

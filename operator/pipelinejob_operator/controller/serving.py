@@ -33,12 +33,14 @@ def fronts(manifest: dict[str, Any]) -> Fronts:
 def asked(job: Job, gang: Mapping[int, StagePod]) -> list[tuple[int, list[StagePod]]]:
     """Pods that know how far the job is, in parts whose answers add up.
 
-    Any stage that trains knows it of the whole job. Where a job serves, stage 0 of each pipeline knows its own work.
+    Any stage that trains knows it of the whole job. Where a job serves, stage 0 of each pipeline knows its own work;
+    the others of the pipeline are asked when it does not answer, for they know of failures, too.
     """
     pods = [gang[rank] for rank in sorted(gang)]
     if job.spec.mode == "Train":
         return [(0, pods)]
-    return [(pod.place.pipeline, [pod]) for pod in pods if pod.place.stage == 0]
+    parts = {pod.place.pipeline for pod in pods}
+    return [(part, [pod for pod in pods if pod.place.pipeline == part]) for part in sorted(parts)]
 
 
 def progress(seen: Observed) -> Progress | None:

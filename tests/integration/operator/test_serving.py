@@ -110,7 +110,7 @@ async def test_its_fronts_come_and_go_with_it_and_follow_the_spec(
 ) -> None:
     with running(operator()):
         await train(api, namespace, step=50)
-        await api.create(JOBS, serving(namespace, pipelines=2))
+        await api.create(JOBS, serving(namespace, pipelines=2, recovery={"strategy": "RecreateAll"}))
         await eventually(lambda: api.job(namespace, "served"), state("Running"))
         for resource, name in (
             (SERVICES, "served-engine-0"),

@@ -1,6 +1,7 @@
 """Plans against a real API server: what a gated pod lets be changed, who gets nodes, and who is taken back."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
@@ -224,6 +225,36 @@ async def test_small_jobs_do_not_overtake_a_large_one_that_waits(
         await finish(api, kubelet, namespace, "running")
         await eventually(lambda: api.job(namespace, "large"), says("Placed", "True", "AllStagesPlaced"))
         assert pinned(namespace, await api.pods(namespace, "small")) == []
+
+
+async def test_twenty_jobs_at_once_on_a_cluster_that_holds_eight_all_finish(
+    api: Api, namespace: str, kubelet: Kubelet, nodes: Nodes, operator: Callable[..., Operator]
+) -> None:
+    """Each has four stages on hosts of two: it gets two whole hosts, or one and two halves, never a part of that."""
+    await asyncio.gather(*(nodes.add(f"n{number}", 2, f"r{number % 4}") for number in range(16)))
+    names = [f"job-{number}" for number in range(20)]
+    with running(operator(everywhere=True)):
+        await asyncio.gather(*(api.create(JOBS, wants(namespace, name, stages=4)) for name in names))
+        left = set(names)
+        busiest = 0
+
+        async def round_of_all() -> set[str]:
+            nonlocal busiest
+            pods = [pod for pod in await api.items(PODS, namespace) if pod["status"]["phase"] in ("Pending", "Running")]
+            opened = [pod for pod in pods if "schedulingGates" not in pod["spec"]]
+            taken = Counter(node_of(pod) for pod in opened)
+            assert max(taken.values(), default=0) <= 2, "no host holds more than it has"
+            busiest = max(busiest, len(opened))
+            for job in await api.items(JOBS, namespace):
+                name = job["metadata"]["name"]
+                if state("Succeeded")(job):
+                    left.discard(name)
+                elif state("Running")(job):
+                    await finish(api, kubelet, namespace, name)
+            return left
+
+        await eventually(round_of_all, lambda names: not names, seconds=150)
+        assert busiest > 16, "many run at once"
 
 
 async def test_a_cordoned_node_takes_no_stage_until_it_is_back(

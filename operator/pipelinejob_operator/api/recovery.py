@@ -141,16 +141,6 @@ class Recovery(Wire):
 class Elasticity(Wire):
     """Between how many stages the job may have."""
 
-    model_config = ConfigDict(
-        json_schema_extra=cel(
-            rule(
-                ".minStages",
-                "!has(self.minStages) || !has(self.maxStages) || self.minStages <= self.maxStages",
-                "'%d is more than maxStages %d; allowed: at most that'.format([self.minStages, self.maxStages])",
-            )
-        )
-    )
-
     min_stages: int | None = Field(
         None,
         ge=1,

@@ -38,6 +38,45 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         'spec.model.preset.dropout: Invalid value: "some": spec.model.preset.dropout in body should match '
         f"'{NUMBER}'",
     ),
+    "more spares than a strategy can use": (
+        {"spec__recovery": {"strategy": "RecreateAll", "spares": 2}},
+        "spec.recovery.spares: Invalid value: 2 spares take over single stages, which strategy RecreateAll never "
+        "replaces; allowed: 0, or strategy Ladder",
+    ),
+    "a rule that matches nothing": (
+        {"spec__recovery": {"rules": [{"name": "empty", "action": "Ignore"}]}},
+        "spec.recovery.rules[0].onExitCodes: Required value: rule empty matches nothing; allowed: at least one of "
+        "onExitCodes, onSignals, onReasons, onNodeConditions",
+    ),
+    "an action that answers no node condition": (
+        {"spec__recovery": {"rules": [{"name": "sick", "action": "Ignore", "onNodeConditions": ["GpuUnhealthy"]}]}},
+        "spec.recovery.rules[0].action: Invalid value: Ignore does not answer a node condition, as nothing has failed "
+        "yet; allowed: ReplacePod, FailJob",
+    ),
+    "a rule about two kinds of failure": (
+        {
+            "spec__recovery": {
+                "rules": [
+                    {"name": "both", "action": "FailJob", "onNodeConditions": ["GpuUnhealthy"], "onExitCodes": [1]}
+                ]
+            }
+        },
+        "spec.recovery.rules[0].onNodeConditions: Forbidden: node conditions and ends of a stage are different "
+        "failures; allowed: a rule for each",
+    ),
+    "fewer stages than elasticity allows": (
+        {"spec__elasticity": {"minStages": 5}},
+        "spec.stages: Invalid value: 4 is less than elasticity.minStages 5; allowed: at least that",
+    ),
+    "more stages than elasticity allows": (
+        {"spec__elasticity": {"maxStages": 3}},
+        "spec.stages: Invalid value: 4 is more than elasticity.maxStages 3; allowed: at most that",
+    ),
+    "snapshot memory that is no quantity": (
+        {"spec__recovery": {"memory": "lots"}},
+        'spec.recovery.memory: Invalid value: "lots": spec.recovery.memory in body should match '
+        "'^([1-9][0-9]{0,15}(k|M|G|T|Ki|Mi|Gi|Ti)?)?$'",
+    ),
     "an unknown schedule": (
         {"spec__train__schedule": {"name": "Zigzag"}},
         'spec.train.schedule.name: Unsupported value: "Zigzag": supported values: "GPipe", "1F1B", "LoopedBFS", '

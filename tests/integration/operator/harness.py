@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from kubernetes.aio import client, config
 
-from pipelinejob_operator.build.names import JOB_LABEL
+from pipelinejob_operator.build.names import JOB_LABEL, REPLACEMENT_LABEL, SPARE_LABEL
 from pipelinejob_operator.placement.pods import node_of
 from pipelinejob_operator.policy.facts import StagePod
 from pipelinejob_operator.runtime.client import JOBS, PODS, ApiError, Kubernetes, Resource
@@ -171,6 +171,15 @@ def running(operator: Operator) -> Iterator[Operator]:
         print(operator.log.read_text()[-20_000:])
 
 
+def place_of(pod: Manifest) -> tuple[str, str]:
+    """Node and address of a pod: those of its rank; replacements and spares have addresses of their own."""
+    labels = pod["metadata"]["labels"]
+    if SPARE_LABEL in labels:
+        return f"node-spare-{labels[SPARE_LABEL]}", f"127.0.0.{200 + int(labels[SPARE_LABEL])}"
+    rank, replacement = StagePod.read(pod).place.rank, int(labels.get(REPLACEMENT_LABEL, "0"))
+    return f"node-{rank}", f"127.0.0.{10 + rank + 20 * replacement}"
+
+
 class Kubelet:
     """Scheduler and kubelet of a namespace: binds open pods where they are pinned, runs them, buries deleted ones."""
 
@@ -189,7 +198,7 @@ class Kubelet:
 
     async def _serve(self, pod: Manifest) -> None:
         name, spec, status = pod["metadata"]["name"], pod["spec"], pod.get("status", {})
-        rank = StagePod.read(pod).place.rank
+        home, address = place_of(pod)
         if "deletionTimestamp" in pod["metadata"]:
             if self.buries:
                 await self._api.force_delete(PODS, self._namespace, name)
@@ -199,7 +208,7 @@ class Kubelet:
                     "apiVersion": "v1",
                     "kind": "Binding",
                     "metadata": {"name": name},
-                    "target": {"apiVersion": "v1", "kind": "Node", "name": node_of(pod) or f"node-{rank}"},
+                    "target": {"apiVersion": "v1", "kind": "Node", "name": node_of(pod) or home},
                 }
                 await self._api.post(f"/api/v1/namespaces/{self._namespace}/pods/{name}/binding", binding)
         elif status.get("phase") == "Pending" and self.starts:
@@ -208,7 +217,7 @@ class Kubelet:
                 phase="Running",
                 ready=True,
                 state={"running": {"startedAt": _now()}},
-                address=f"127.0.0.{10 + rank}",
+                address=address,
             )
 
     async def end(self, pod: Manifest, exit_code: int, text: str = "", reason: str = "") -> None:

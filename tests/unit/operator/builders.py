@@ -39,6 +39,7 @@ def manifest(status: Status | None = None, meta: dict[str, Any] | None = None, *
             "model": {"preset": {"name": "gpt", "layers": 8, "width": 64, "heads": 4, "context": 32}},
             "train": {"data": {"files": ["/data/*"]}, "steps": 200, "globalBatchSize": 8, "microbatches": 4},
             **spec,
+            "recovery": {"strategy": "RecreateAll"} | spec.get("recovery", {}),
         },
         "status": status.model_dump(by_alias=True, exclude_none=True) if status else {},
     }

@@ -47,6 +47,7 @@ class Ladder:
         self._server: CoordinatorServer | None = None
         self._drain = asyncio.Event()
         self._warm = False
+        self._begun = False
         self._ended: Ending | None = None
 
     @property
@@ -125,13 +126,14 @@ class Ladder:
             if self._drain.is_set():
                 continue
             await self._leave_epoch()
-            first, self._membership = self._membership is None, membership
+            self._membership = membership
             structlog.contextvars.bind_contextvars(
                 epoch=membership.epoch, stage=membership.stage, pipeline=membership.pipeline
             )
             log.info("membership accepted", action=membership.action, rank=membership.rank, of=membership.world_size)
             if membership.action == "Standby":
                 continue
+            first, self._begun = not self._begun, True
             if first and (final := self._records.begin(membership.rank)):
                 self._rank.ended.set_result(final)
                 return

@@ -31,7 +31,7 @@ def broken(namespace: kit.Namespace, **members: object) -> kit.Job:
 
 
 def test_a_stage_that_always_fails_ends_the_job_and_is_named(namespace: kit.Namespace) -> None:
-    run = broken(namespace, recovery={"maxRestarts": 1})
+    run = broken(namespace, recovery={"maxRestarts": 2})
     failed = run.wait("Succeeded", "False", "RestartBudgetSpent")
     first = run.status["firstFailure"]
     assert first["stage"] == 1

@@ -52,6 +52,8 @@ def live(d: Decision) -> Decision:
 
 def told(d: Decision) -> None:
     """Copy what the agents tell of recovery."""
+    window = timedelta(seconds=d.job.spec.recovery.window_seconds)
+    d.draft.set(avoided_nodes=avoidance.unexpired(d.job.status.avoided_nodes, d.now, window))
     if agent := d.seen.agent:
         d.draft.set(last_recovery=last_recovery(agent) or d.job.status.last_recovery)
         if d.job.spec.mode == "Train":  # what serves has no state to protect: fronts hold the requests
@@ -120,7 +122,9 @@ def _of_records(d: Decision, at: recovery.Look) -> list[Setback]:
         return []
     before = _before(d)
     places = {place.rank: (place, before[key_of(place)].pod, before[key_of(place)]) for place in d.gang.shape.places()}
-    records = [record for record in d.seen.agent.failures if record.epoch == d.job.status.epoch]
+    # With one pipeline a rank is a stage in any shape; else only the records of this epoch can be told apart.
+    told = d.seen.agent.failures
+    records = [item for item in told if d.gang.shape.pipelines == 1 or item.epoch == d.job.status.epoch]
     return list(recovery.of_records(records, places, at))
 
 
@@ -138,8 +142,7 @@ def _answer(d: Decision, found: Sequence[Setback]) -> Decision:
     one = recovery.first(found)
     counted = [item for item in found if item.counts]
     if one.rung is Rung.FAIL:
-        d.draft.failed_stage(one.failure, status.consecutive_restarts)
-        return d.fail(one.final, one.failure.sentence())
+        return _fail(d, one)
     times = [time for text in status.restart_times if (time := parse_time(text))]
     if counted and not restart.allowed(times, spec, d.now):
         d.draft.failed_stage(recovery.first(counted).failure, status.consecutive_restarts)
@@ -171,6 +174,16 @@ def _answer(d: Decision, found: Sequence[Setback]) -> Decision:
     if members := [item for item in replaced if item.failure.place not in d.gang.joining]:
         d.say(ConditionType.RUNNING, *_words(recovery.first(members)))
     return d
+
+
+def _fail(d: Decision, one: Setback) -> Decision:
+    """End the job. An agent that gives up only counts: what the job failed of is the failure that was told before."""
+    first, last = d.job.status.first_failure, one.failure
+    known = first is not None and (first.stage, first.pipeline) == (last.place.stage, last.place.pipeline)
+    if first and known and one.final is Reason.RESTART_BUDGET_SPENT:
+        return d.fail(one.final, f"{first.sentence()} ({last.message}; see spec.recovery)")
+    d.draft.failed_stage(last, d.job.status.consecutive_restarts)
+    return d.fail(one.final, last.sentence())
 
 
 def _words(one: Setback) -> tuple[Reason, str]:

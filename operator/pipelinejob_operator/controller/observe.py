@@ -136,7 +136,7 @@ def _doubtful(job: Job, pods: list[StagePod], spares: list[SparePod]) -> set[str
     return {
         pod.node
         for pod in (*pods, *spares)
-        if not pod.over and (pod.terminating or lonely or (job.recovers and not pod.ready))
+        if not pod.over and (pod.terminating or lonely or (job.status.group is not None and not pod.ready))
     }
 
 

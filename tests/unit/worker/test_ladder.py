@@ -173,7 +173,7 @@ def test_the_interval_of_snapshots_is_found_by_measuring(tmp_path: Path) -> None
 
 
 def test_a_frozen_pod_is_replaced_and_does_no_harm_when_it_thaws(tmp_path: Path) -> None:
-    config = ladder_job(tmp_path, steps=40)
+    config = ladder_job(tmp_path, steps=80)
     with Ladder(tmp_path, config, 2) as ladder:
         before, frozen = ladder.until_step(3), ladder.pods[1]
         tree = [frozen.process.pid, *children(frozen.process.pid), ladder.worker(1)]
@@ -186,10 +186,11 @@ def test_a_frozen_pod_is_replaced_and_does_no_harm_when_it_thaws(tmp_path: Path)
         assert now.recovery.steps_repeated <= 1
         for pid in reversed(tree):
             os.kill(pid, signal.SIGCONT)
+        until(lambda: (status := frozen.status()) and "rank 1 is taken by another agent" in status.refused)
         frozen.terminate()
         assert frozen.exit_code() == ExitCode.DRAINED
         assert ladder.exit_codes() == [ExitCode.SUCCEEDED] * 2
-        assert ladder.losses() == reference_losses(config, 40)
+        assert ladder.losses() == reference_losses(config, 80)
 
 
 def test_a_spare_imports_everything_and_takes_a_stage_over_at_once(tmp_path: Path) -> None:

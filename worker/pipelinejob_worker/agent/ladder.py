@@ -1,6 +1,7 @@
 """A stage whose agents recover by themselves: epoch after epoch of the operator's, incarnations between them."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -173,13 +174,21 @@ class Ladder:
 
     async def _until_drained(self) -> Ending:
         await self._drain.wait()
+        stops = self._membership is not None and self._membership.action == "Stop"
+        if stops and self._rank.has_run:
+            await self._until_stoppable()
         if not self._rank.running:
             return Ending(ExitCode.DRAINED, "Drained", "asked to leave while there was no group")
-        stops = self._membership is not None and self._membership.action == "Stop"
         if await self._rank.hand_over(self._settings.drain_seconds, copies=not stops):
             return Ending(ExitCode.DRAINED, "Drained", f"stopped after step {self.progress.step} as asked")
         message = f"the step did not end within {self._settings.drain_seconds:g} s of the request to leave"
         return Ending(ExitCode.DRAINED, "DrainDeadline", message)
+
+    async def _until_stoppable(self) -> None:
+        """A job that is stopped while it recovers is given time to do so: only a group can save a checkpoint."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_seconds):
+                await self._rank.stoppable.wait()
 
     async def _close(self) -> None:
         """End everything but the zygote; what the coordinator has said last is still sent."""

@@ -93,6 +93,9 @@ class Rank:
         """Whether the worker trains in its group."""
 
         self.has_run = False
+        self.stoppable = asyncio.Event()
+        """Set while the worker trains in its group, or after it has left because all were asked to."""
+
         self.layers = ""
         self.progress = Progress()
         self.recovery = RecoveryStatus()
@@ -250,6 +253,7 @@ class Rank:
             case Joined(layers=layers, problem=problem):
                 self.layers, self._no_snapshots = layers, problem
                 self.running = self.has_run = True
+                self.stoppable.set()
             case Reached():
                 self._note_progress(event)
             case Valid(step=step):
@@ -257,6 +261,8 @@ class Rank:
                 self.keeper.protect(step)
             case Left(reason=reason, message=message):
                 self._broke()
+                if reason == "Drained":
+                    self.stoppable.set()
                 self._charge.note_out()
                 member.report(plan.incarnation, reason, message, own=False)
             case Finished():
@@ -303,6 +309,8 @@ class Rank:
         """The group is over, if there was one."""
         if self.running and self._broke_at is None:
             self._broke_at = time.monotonic()
+        if self.running:
+            self.stoppable.clear()
         self.running = False
 
     def _cut(self) -> Cut | None:

@@ -77,6 +77,11 @@ class Channel:
         self.end = "the connection was closed"
         """Why it ended."""
 
+    @property
+    def alive(self) -> bool:
+        """Whether the other side has been heard of late."""
+        return time.monotonic() - self._heard_at <= SILENCE_SECONDS
+
     def send(self, message: Wire) -> None:
         """Send a message; one that does not arrive is followed by the end of the connection."""
         self._writer.write(to_line(message))
@@ -158,7 +163,7 @@ class CoordinatorServer:
         try:
             while message := await channel.receive():
                 if isinstance(message, Join):
-                    if refused := self._coordinator.refusal(message):
+                    if refused := self._coordinator.refusal(message) or self._taken(message.rank, channel):
                         channel.send(refused)
                         return
                     rank = message.rank
@@ -182,6 +187,16 @@ class CoordinatorServer:
                 log.info("a rank is lost", rank=rank, reason=channel.end)
                 self._send(self._coordinator.gone(rank, channel.end))
             await channel.close()
+
+    def _taken(self, rank: int, channel: Channel) -> Refused | None:
+        """Refuse a second agent of a rank whose first one lives: one of the two pods is on its way out.
+
+        Taking the newest would let them take the rank from each other for ever.
+        """
+        present = self._channels.get(rank)
+        if present is None or present is channel or not present.alive:
+            return None
+        return Refused(reason=f"rank {rank} is taken by another agent, which lives")
 
     def _welcome(self, rank: int, channel: Channel) -> None:
         """Take the newest connection of a rank for the rank."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.opening import Opened
+from pipelinejob_operator.build.place import Shape
 from pipelinejob_operator.controller.actions import OpenGate, PlaceGang
 from pipelinejob_operator.controller.located import Located, locate
 from pipelinejob_operator.controller.observed import Refusal, Unplaced
@@ -122,6 +123,17 @@ class TestStatus:
         assert shown.cost == "10001"
         assert [item.domains for item in made.status.stages] == [["z", "a"], ["z", "a"], ["z", "b"]]
         assert made.status.summary.crossings == "0/1/1"
+
+    def test_links_between_pipelines_count_where_these_talk_to_each_other(self) -> None:
+        two = Shape(2, 2)
+        names = ["n1", "n2", "n3", "n3"]
+        gang = {rank: noted(rank % 2, name, pipeline=rank // 2, shape=two) for rank, name in enumerate(names)}
+        serves = job(stages=2, pipelines=2, mode="Serve", serve={}, train=None)
+        for some, between, cost in ((job(stages=2, pipelines=2), 2, "20001"), (serves, 0, "1")):
+            shown = locate(some, two, gang, self.NODES, levels(["zone", "rack"])).status
+            assert [item.count for item in shown.crossings] == [0, 0, 1]
+            assert sum(item.between_pipelines for item in shown.crossings) == between
+            assert shown.cost == cost
 
     def test_it_tells_plans_from_luck(self) -> None:
         planned, chosen = noted(0, "n1"), noted(1, "n2", "Provision")

@@ -22,6 +22,7 @@ from pipelinejob_operator.build.names import (
     front_name,
     job_labels,
 )
+from pipelinejob_operator.build.pods import tolerations
 from pipelinejob_worker.protocol import ENGINE_PORT, SCRATCH_DIRECTORY
 
 FRONT_PORT = 8000
@@ -52,8 +53,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_confi
 Manifest = dict[str, Any]
 
 
-def front_objects(job: Job, installation: Installation, *, running: bool) -> list[Manifest]:
-    """Every object that a Serve job has beside its stages; of a job that does not run no front does."""
+def front_objects(job: Job, installation: Installation) -> list[Manifest]:
+    """Every object that a Serve job has beside its stages, while it runs."""
     serve = job.spec.serve
     if serve is None:
         return []
@@ -63,12 +64,15 @@ def front_objects(job: Job, installation: Installation, *, running: bool) -> lis
         _service(job, serve),
         *([_network_policy(job)] if job.spec.network.network_policy == "Enabled" else []),
         _disruption_budget(job),
-        deployment(job, serve, installation, replicas=serve.fronts if running else 0),
+        deployment(job, serve, installation, replicas=serve.fronts),
     ]
 
 
 def deployment(job: Job, serve: Serve, installation: Installation, *, replicas: int) -> Manifest:
-    """The fronts' pods. One is replaced only when the next is ready, and has the time of its requests to end them."""
+    """The fronts' pods, none (``replicas`` 0) of a job that does not run.
+
+    One is replaced only when the next is ready, and has the time of its requests to end them.
+    """
     labels = front_labels(job.name, job.uid)
     return {
         "apiVersion": "apps/v1",
@@ -88,7 +92,7 @@ def _pod(job: Job, serve: Serve, installation: Installation) -> Manifest:
     given = copy.deepcopy(job.template.get("spec") or {})
     fetches = job.model.from_hub and not (job.tokenizer and job.tokenizer.path)
     volumes, mounts = _volumes(job, serve, fetches=fetches)
-    kept = {key: given[key] for key in ("imagePullSecrets", "tolerations") if key in given}
+    kept = {"imagePullSecrets": given["imagePullSecrets"]} if "imagePullSecrets" in given else {}
     spread = {
         "weight": 100,
         "podAffinityTerm": {
@@ -98,6 +102,7 @@ def _pod(job: Job, serve: Serve, installation: Installation) -> Manifest:
     }
     return {
         **kept,
+        "tolerations": tolerations(given.get("tolerations", [])),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": LEAVE_SECONDS + serve.limits.request_seconds + LEAVE_SECONDS,

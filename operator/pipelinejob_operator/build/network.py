@@ -70,7 +70,7 @@ def network_policy(job: Job, installation: Installation) -> dict[str, Any]:
 def network_objects(job: Job, installation: Installation) -> list[dict[str, Any]]:
     """Every object that must stand before the first stage pod."""
     policies = [network_policy(job, installation)] if job.spec.network.network_policy == "Enabled" else []
-    return [service(job), *policies, *front_objects(job, installation, running=True)]
+    return [service(job), *policies, *front_objects(job, installation)]
 
 
 def _stages(job: Job) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _pod(
     spec["subdomain"] = network_name(job.name)
     spec["restartPolicy"] = "Never"
     spec["securityContext"] = security.pod() | (spec.get("securityContext") or {})
-    spec["tolerations"] = _tolerations(spec.get("tolerations", []))
+    spec["tolerations"] = tolerations(spec.get("tolerations", []))
     spec.setdefault("terminationGracePeriodSeconds", GRACE_SECONDS)
     spec.setdefault("automountServiceAccountToken", False)
     spec.setdefault("enableServiceLinks", False)
@@ -185,7 +185,8 @@ def _unshadowed(
     return [volume for volume in volumes if volume["name"] in used & ours]
 
 
-def _tolerations(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def tolerations(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to those of the template that a pod leaves a node that does not answer sooner than by default."""
     keys = {item.get("key") for item in given}
     ours = [
         {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": NODE_LOSS_SECONDS}

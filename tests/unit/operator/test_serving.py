@@ -50,9 +50,9 @@ def served(status: Status | None = None, **spec: Any) -> Job:
     return job(status, **{"mode": "Serve", "stages": 2, "train": None, "model": LLAMA, "serve": {}} | spec)
 
 
-def objects(some: Job, running: bool = True) -> dict[str, dict[str, Any]]:
+def objects(some: Job) -> dict[str, dict[str, Any]]:
     """What a Serve job has beside its stages, by kind and name."""
-    return {f"{o['kind']}/{o['metadata']['name']}": o for o in front_objects(some, INSTALLATION, running=running)}
+    return {f"{o['kind']}/{o['metadata']['name']}": o for o in front_objects(some, INSTALLATION)}
 
 
 def front(some: Job) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def variables(some: Job) -> dict[str, str]:
 
 class TestFronts:
     def test_a_job_that_trains_has_none(self) -> None:
-        assert front_objects(job(), INSTALLATION, running=True) == []
+        assert front_objects(job(), INSTALLATION) == []
         assert [item["kind"] for item in network_objects(job(), INSTALLATION)] == ["Service", "NetworkPolicy"]
 
     def test_they_are_made_with_the_network_of_the_stages(self) -> None:
@@ -107,10 +107,12 @@ class TestFronts:
         labels = objects(served())["Deployment/tiny-front"]["spec"]["template"]["metadata"]["labels"]
         assert spec["selector"].items() <= labels.items()
 
-    @pytest.mark.parametrize(("running", "replicas"), [(True, 3), (False, 0)])
-    def test_there_are_as_many_as_the_spec_says_while_the_job_runs(self, running: bool, replicas: int) -> None:
-        made = objects(served(serve={"fronts": 3}), running)
-        assert made["Deployment/tiny-front"]["spec"]["replicas"] == replicas
+    def test_there_are_as_many_as_the_spec_says(self) -> None:
+        assert objects(served(serve={"fronts": 3}))["Deployment/tiny-front"]["spec"]["replicas"] == 3
+
+    def test_they_leave_a_node_that_does_not_answer_as_soon_as_stages_do(self) -> None:
+        stage = stage_pod(served(), place(0, shape=TWO), INSTALLATION, share_host=False)
+        assert front(served())["tolerations"] == stage["spec"]["tolerations"] != []
 
     def test_the_settings_are_those_that_the_front_reads(self) -> None:
         limits = {

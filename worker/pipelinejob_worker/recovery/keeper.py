@@ -8,9 +8,10 @@ import structlog
 
 from pipelinejob_worker.recovery import memory
 from pipelinejob_worker.recovery.agreement import assign
-from pipelinejob_worker.recovery.copies import PieceClient, PieceServer
+from pipelinejob_worker.recovery.copies import PieceClient
 from pipelinejob_worker.recovery.cut import Cut
 from pipelinejob_worker.recovery.messages import FAILURES_TOLD, Join, Plan
+from pipelinejob_worker.recovery.piece_server import PieceServer
 from pipelinejob_worker.recovery.pieces import Incarnation
 from pipelinejob_worker.recovery.slots import SlotStore
 from pipelinejob_worker.recovery.transport import Address, TransferError

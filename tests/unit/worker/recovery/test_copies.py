@@ -14,8 +14,10 @@ import pytest
 from pipelinejob_worker.agent.zygote import Zygote
 from pipelinejob_worker.recovery import transport
 from pipelinejob_worker.recovery.agreement import Fetch
-from pipelinejob_worker.recovery.copies import Get, Greeting, PieceClient, PieceServer, Put
+from pipelinejob_worker.recovery.copies import PieceClient
+from pipelinejob_worker.recovery.piece_server import PieceServer
 from pipelinejob_worker.recovery.pieces import Held, Incarnation
+from pipelinejob_worker.recovery.requests import Get, Greeting, Put
 from pipelinejob_worker.recovery.slots import PAGE, SlotStore
 from pipelinejob_worker.recovery.transport import Address, Pacer, TransferError
 from tests.unit.worker.recovery.snapshots import FIRST, SECOND, bytes_of, content, filled, held, store_in, until, write

@@ -102,7 +102,10 @@ class Scene:
                 and (not self.guarded or self.stages == 1 or all(_guarded(sighting) for sighting in seen.values()))
             )
 
-        self.watch.wait(f"{self.stages} stages train beyond step {beyond}, all guarded", look, seconds)
+        try:
+            self.watch.wait(f"{self.stages} stages train beyond step {beyond}, all guarded", look, seconds)
+        except kit.Timeout as late:
+            raise kit.Timeout(f"{late}\n{self.job.describe()}") from late
 
     def rescale(self, stages: int) -> None:
         """Ask for another number of stages, as users do."""

@@ -109,8 +109,10 @@ class Watch:
             while not (seen := look()):
                 if self._broken:
                     raise AssertionError(f"the watch has ended: {self._broken}") from self._broken
-                if not self._changed.wait(min(1.0, end - time.monotonic())) and time.monotonic() > end:
+                left = end - time.monotonic()
+                if left <= 0:
                     raise kit.Timeout(f"not within {seconds:.0f} s: {what}\n{self.describe()}")
+                self._changed.wait(min(1.0, left))
             return seen
 
     def last_step(self) -> int:

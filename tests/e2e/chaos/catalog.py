@@ -108,7 +108,7 @@ def kill_container(scene: Scene, pods: Pods) -> Iterator[None]:
 
 @contextmanager
 def kill_sandbox(scene: Scene, pods: Pods) -> Iterator[None]:
-    """The pod's network namespace goes: it comes back with another address."""
+    """The pod's network goes. The kubelet asks its container to end, which hands over and leaves."""
     faults.kill_sandbox(pods[0].uid)
     yield
 
@@ -198,7 +198,7 @@ FAULTS = (
     Fault("worker stopped", stop_worker, Loss.WORKER, any_stage),
     Fault("out of memory", out_of_memory, Loss.AGENT, any_stage, seconds=60),
     Fault("container killed", kill_container, Loss.AGENT, any_stage, seconds=60),
-    Fault("sandbox killed", kill_sandbox, Loss.AGENT, any_stage, seconds=60),
+    Fault("sandbox killed", kill_sandbox, Loss.POD, any_stage, seconds=90, failure=False),
     Fault("pod deleted", delete_pods, Loss.POD, any_stage, seconds=90, failure=False),
     Fault("pod force-deleted", force_delete_pods, Loss.POD, any_stage, seconds=60),
     Fault("node dead", kill_node, Loss.POD, stages_of_a_node, seconds=120),

@@ -18,8 +18,8 @@ from tests.e2e.chaos.watch import Pod
 LAYER_BYTES = [12 * cost.parameters + 4096 for cost in Gpt(Preset(name="gpt", **PRESET)).costs]
 """Most state of each layer: its weights and two moments in float32, and what a file says beside them."""
 
-REFERENCE_STEPS = 500
-"""Undisturbed losses are computed for so many more steps when they are needed."""
+REFERENCE_STEPS = 600
+"""Undisturbed losses are computed for so many more steps when they are needed: a job of the tests makes fewer."""
 
 CHECKPOINT_SECONDS = 30
 LEAVING_SECONDS = 90

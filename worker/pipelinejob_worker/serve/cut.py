@@ -57,7 +57,7 @@ def agree(offers: Sequence[Offer], wanted_step: int) -> tuple[Held | None, int]:
     """
     fitting = [offer.held if offer.held and len(offer.held.starts) == len(offers) else None for offer in offers]
     held = [one for one in fitting if one]
-    if any(offer.steps for offer in offers):
+    if any(offer.steps or (offer.held and offer.held.step) for offer in offers):
         # Who holds a step of this cut need not read it again.
         visible = [{*offer.steps, *([one.step] if one else [])} for offer, one in zip(offers, fitting, strict=True)]
         common = set[int].intersection(*visible)

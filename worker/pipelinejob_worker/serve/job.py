@@ -109,6 +109,18 @@ class ServeJob:
             return None
         return Trained(directory, f"{self._model.fingerprint} seed={source.seed}", source.job)
 
+    def _steps(self) -> tuple[int, ...]:
+        """The checkpoints that can be loaded; who has loaded one can do without them."""
+        if self._trained is None:
+            return ()
+        try:
+            return tuple(self._trained.steps())
+        except ConfigurationError as error:
+            if self._held is None:
+                raise
+            log.warning("no checkpoint to be seen", error=str(error))
+            return ()
+
     def _load(self, circle: Circle, departure: Departure) -> Held:
         """Agree with the others on what to load, and load what is not loaded yet."""
 
@@ -119,7 +131,7 @@ class ServeJob:
             return heard
 
         member, model, source = circle.member, self._model, self._config.source
-        offer = Offer(held=self._held, steps=tuple(self._trained.steps()) if self._trained else ())
+        offer = Offer(held=self._held, steps=self._steps())
         offers = [Offer.model_validate(note) for note in exchange(offer.model_dump())]
         kept, step = agree(offers, source.step if source else 0)
         if kept is None:

@@ -52,6 +52,12 @@ NEW = Offer()
             id="what all have loaded need not be there any more",
         ),
         pytest.param(
+            [Offer(held=held(0, 3, step=6)), Offer(held=held(0, 3, step=6))],
+            0,
+            (held(0, 3, step=6), 6),
+            id="nor any other",
+        ),
+        pytest.param(
             [Offer(held=held(0, 3, step=6), steps=(9,)), Offer(steps=(9,))],
             0,
             (held(0, 3, step=6), 9),

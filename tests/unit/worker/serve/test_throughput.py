@@ -16,6 +16,7 @@ from tests.unit.worker.serve.group import Front, StageProcess, form
 
 STAGES, WIDTH, VOCABULARY = 4, 512, 8
 STAGE_SECONDS = 0.01
+SECONDS = 6
 ATTEMPTS = 4
 """Whatever else runs on the machine can only make a measurement worse, so the best one counts."""
 
@@ -53,12 +54,16 @@ def request(name: str, prompt: int = 1, tokens: int = 1) -> Submit:
 
 
 def decoding(batches: int) -> tuple[float, float]:
-    """Steps a second with one request in each of the batches in flight, and the share of time that stages idle."""
+    """Steps a second with one request in each of the batches in flight, and the share of time that stages idle.
+
+    Both of the best of some seconds; in the first one the stages began.
+    """
     with sleeping(batches, batch_seconds=STAGE_SECONDS) as front:
         front.send(*(request(f"{number}", tokens=1000) for number in range(batches)))
-        while len(front.stats) < 2:  # in the first second the stages began
-            front.take()
-        return front.stats[1].tokens_per_second, front.stats[1].bubble_percent / 100
+        while len(front.stats) < SECONDS:
+            assert front.take()
+        best = min(front.stats[1:], key=lambda each: each.bubble_percent)
+        return best.tokens_per_second, best.bubble_percent / 100
 
 
 def first_token_seconds(chunks: int) -> float:

@@ -83,6 +83,7 @@ async def test_a_job_runs_shows_its_progress_and_succeeds(
             "queue": "",
             "fronts": "",
             "modelFlops": "",
+            "crossings": "",
         }
         assert [stage["layers"] for stage in job["status"]["stages"]] == ["0-2", "3-5", "6-9"]
         assert [stage["waitingPercent"] for stage in job["status"]["stages"]] == [25, 24, 26]

@@ -178,7 +178,7 @@ async def test_an_operator_of_all_namespaces_does_not_wait_for_a_dead_node(
     operations = [{"op": "add", "path": "/status/conditions", "value": dead}]
     await api.json_patch(NODES, "", "node-1", operations, "status")
     with running(operator(everywhere=True)):
-        await api.create(JOBS, job_manifest(namespace))
+        await api.create(JOBS, job_manifest(namespace, placement={"strategy": "Delegated"}))
         await eventually(lambda: api.job(namespace), state("Running"))
         pod = (await api.pods(namespace))[1]["metadata"]
         await api.delete(PODS, namespace, pod["name"], pod["uid"])

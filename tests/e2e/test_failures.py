@@ -42,7 +42,7 @@ def test_a_stage_that_always_fails_ends_the_job_and_is_named(namespace: kit.Name
         assert part in failed["message"]
     assert run.status["summary"]["state"] == "Failed"
     assert run.status["restarts"] in (1, 2), "what is told of at once is one failure"
-    run.wait_events("RestartBudgetSpent")
+    run.wait_events("Recovering", "RestartBudgetSpent")
     kit.wait_for(
         "no stage is left running",
         lambda: all(pod["status"]["phase"] in ("Failed", "Succeeded") for pod in run.pods()),

@@ -65,7 +65,7 @@ def test_a_killed_pod_costs_a_restart_and_no_bit(namespace: kit.Namespace) -> No
     run.wait_succeeded()
     assert run.status["restarts"] == 1
     assert run.status["firstFailure"]["stage"] == 1
-    assert {pod["metadata"]["name"] for pod in run.pods()} == {"train-s0-a1", "train-s1-a1"}
+    assert {pod["metadata"]["name"] for pod in run.pods()} == {"train-s0-a0", "train-s1-a0-r1"}
     assert tuple(run.losses("state")) == undisturbed(400)
 
 

@@ -90,7 +90,7 @@ class Recovery(Wire):
     )
 
     strategy: RecoveryStrategy = Field(
-        "RecreateAll",
+        "Ladder",
         description="Ladder: the least that helps: a new process, the container in place, a new pod or a spare for the "
         "failed stage alone, the checkpoint, fewer stages; all other stages keep their processes. RecreateAll: every "
         "pod is made anew and resumes from the checkpoint; always so for stages with a command of their own.",

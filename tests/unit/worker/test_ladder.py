@@ -233,6 +233,30 @@ def test_a_worker_that_ends_too_often_ends_the_job_with_the_cause(tmp_path: Path
     assert ended.log_tail[-1] == "cannot read the moon"
 
 
+HANG = """
+import json, time
+from pathlib import Path
+from pipelinejob_worker.recovery.pulse import Doing, Heart, Pulse
+assignment = json.loads(link.makefile("rb").readline())
+pulse = Pulse.open(Path(assignment["part"]["pulse"]))
+heart = Heart(pulse, lambda: None)
+for event in (
+    {"kind": "joined", "layers": "0-5"},
+    {"kind": "reached", "progress": {"step": 1, "totalSteps": 10, "stepSeconds": 0.1}},
+):
+    link.sendall(json.dumps(event).encode() + b"\\n")
+pulse.move(Doing.COMPUTING)
+time.sleep(600)
+"""
+
+
+def test_a_main_thread_that_hangs_while_its_process_lives_is_found(tmp_path: Path, memory: Path) -> None:
+    pod, config = alone(tmp_path, HANG, memory, maxRestarts=0, hangTimeoutSeconds=1)
+    with pod:
+        assert run_alone(pod, config) == ExitCode.BUDGET_SPENT
+    assert "the worker computed for longer than a step may take, and was killed" in pod.termination.message
+
+
 def test_what_no_restart_can_cure_ends_the_job_at_once(tmp_path: Path, memory: Path) -> None:
     script = (
         'link.sendall(b\'{"kind": "failed", "reason": "Configuration", "message": "cure"}\\n\')\nraise SystemExit(64)'

@@ -233,6 +233,27 @@ def test_a_worker_that_ends_too_often_ends_the_job_with_the_cause(tmp_path: Path
     assert ended.log_tail[-1] == "cannot read the moon"
 
 
+@pytest.mark.parametrize(
+    "last",
+    ['link.sendall(b\'{"kind": "rea\')', "link.shutdown(socket.SHUT_RD)\n    time.sleep(0.3)"],
+    ids=["in the middle of a line", "while it is told something"],
+)
+def test_a_worker_may_be_killed_at_any_moment_of_its_talk(tmp_path: Path, memory: Path, last: str) -> None:
+    script = f"""
+import json, os, socket, time
+lines = link.makefile("rb")
+while True:
+    assignment = json.loads(lines.readline())
+    link.sendall(b'{{"kind": "joined", "layers": "0-5"}}\\n{{"kind": "valid", "step": 1}}\\n')
+    {last}
+    os.kill(os.getpid(), 9)
+"""
+    pod, config = alone(tmp_path, script, memory, maxRestarts=1)
+    with pod:
+        assert run_alone(pod, config) == ExitCode.BUDGET_SPENT
+    assert "SIGKILL" in pod.termination.message
+
+
 HANG = """
 import json, time
 from pathlib import Path

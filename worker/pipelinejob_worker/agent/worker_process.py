@@ -53,9 +53,12 @@ class WorkerProcess:
         self._writer.write(line[sent:])
 
     async def events(self) -> AsyncIterator[Event]:
-        """What the worker tells, until it closes the link. Raises ValueError when it is not an event."""
-        with contextlib.suppress(ConnectionResetError):
-            while line := await self._reader.readline():
+        """What the worker tells, until it closes the link. Raises ValueError when it is not an event.
+
+        A worker that is killed may leave a line without an end, and what it was being told breaks the link, too.
+        """
+        with contextlib.suppress(ConnectionError):
+            while (line := await self._reader.readline()).endswith(b"\n"):
                 yield EVENT.validate_json(line)
 
     async def end(self) -> int:

@@ -9,6 +9,7 @@ from aiohttp import web
 from pipelinejob_operator.build.names import SPARE_LABEL
 from pipelinejob_operator.runtime.client import EVENTS, JOBS, PODS
 from pipelinejob_worker.protocol import STATUS_PORT, AgentState, AgentStatus, ExitCode, FailureRecord, Membership
+from tests.cluster.control_plane import ControlPlane
 from tests.integration.operator.harness import (
     Api,
     Kubelet,
@@ -253,3 +254,17 @@ async def test_suspend_lets_the_stages_stop_together_and_a_resume_begins_a_new_a
         assert (job["status"]["restarts"], job["status"]["attempt"]) == (0, 1)
         members = await epoch_reaches(api, namespace, 3)
         assert {item.action for item in members.values()} == {"Run"}
+
+
+async def test_an_api_server_that_knows_no_restart_in_place_gets_pods_without(
+    api: Api, plane: ControlPlane, namespace: str, kubelet: Kubelet, operator: Callable[..., Operator]
+) -> None:
+    before = plane.configuration.feature_gates
+    plane.reconfigure(feature_gates={**before, "RestartAllContainersOnContainerExits": False})
+    try:
+        with running(operator()):
+            await started(api, namespace)
+            containers = [pod["spec"]["containers"][0] for pod in await api.pods(namespace)]
+            assert ["restartPolicyRules" in container for container in containers] == [False] * 4
+    finally:
+        plane.reconfigure(feature_gates=before)

@@ -203,7 +203,7 @@ def test_suspended_it_has_no_pods_and_resumed_it_answers(
 def test_what_a_job_has_trained_is_served_as_soon_as_it_is_saved(namespace: kit.Namespace, clients: Clients) -> None:
     namespace.text("text", TEXT)
     namespace.claim("weights")
-    model = {"fromJob": {"name": "trained"}}
+    model = {"fromJob": {"name": "trained", "step": 30}}
     run = kit.Job(namespace, "told", {"mode": "Serve", "stages": 2, "model": model, "serve": {"fronts": 1}}).create()
     run.wait("Placed", "False", "ModelJobNotFound")
 

@@ -26,10 +26,11 @@ def find(job: Job, manifest: Manifest | None) -> SourceJob | Verdict | None:
         found = "cannot be read; allowed: a job that is accepted, see its condition Accepted"
     if isinstance(found, str):
         return Verdict(Reason.MODEL_JOB_UNFIT, f"{field} {found}; delete this job and name another one")
-    if not found.checkpoint_step:
+    if found.checkpoint_step < max(1, wanted.step):
+        which = f"of step {wanted.step} yet, the newest is of {found.checkpoint_step}" if wanted.step else "yet"
         return Verdict(
             Reason.MODEL_NOT_SAVED,
-            f"{field} has no complete checkpoint yet; this job starts by itself when it has",
+            f"{field} has no complete checkpoint {which}; this job starts by itself when it has",
         )
     return found
 

@@ -249,6 +249,13 @@ class TestSource:
         assert found.message.startswith("spec.model.fromJob.name: ")
         assert words in found.message
 
+    @pytest.mark.parametrize(("step", "waits"), [(50, False), (40, False), (51, True)])
+    def test_a_certain_step_is_waited_for(self, step: int, waits: bool) -> None:
+        found = source.find(served(model={"fromJob": {"name": "trained", "step": step}}), trained(50))
+        assert isinstance(found, Verdict) == waits
+        if isinstance(found, Verdict):
+            assert "no complete checkpoint of step 51 yet, the newest is of 50;" in found.message
+
     def test_stages_get_the_other_jobs_model_and_mount_its_checkpoints_read_only(self) -> None:
         some = with_source(served(model={"fromJob": {"name": "trained", "step": 40}}))
         made = stage_pod(some, place(0, shape=TWO), INSTALLATION, share_host=False)

@@ -44,7 +44,7 @@ def spoil_the_manifest(checkpoint: Path) -> None:
     ("damage", "cause"),
     [
         (flip_a_byte, "stage 1: {}/blocks.1.part-1.safetensors: the SHA-256 is not that of the manifest"),
-        (truncate_a_file, "stage 2: {}/head.part-0.safetensors: has 536 bytes instead of 636"),
+        (truncate_a_file, "stage 2: {}/head.part-0.safetensors: has 568 bytes instead of 668"),
         (lose_a_part, "stage 0: {}/embedding.part-1.safetensors: No such file or directory"),
         (lose_the_manifest, "stage 0: {}/manifest.json: No such file or directory"),
         (tear_the_manifest, "stage 0: {}/manifest.json: Invalid JSON: EOF while parsing"),

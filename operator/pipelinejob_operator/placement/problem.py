@@ -137,7 +137,7 @@ def state(
         {
             rank: hosts[name]
             for rank, name in sorted(current.items())
-            if rank not in keep and hosts.get(name) in admitted[demands[rank]]
+            if rank < len(demands) and rank not in keep and hosts.get(name) in admitted[demands[rank]]
         },
         {rank: hosts[name] for rank, name in sorted(keep.items())},
     )

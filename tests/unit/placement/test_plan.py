@@ -123,6 +123,12 @@ def test_a_node_that_is_gone_or_refuses_holds_nothing() -> None:
     assert found.moved == ()
 
 
+def test_a_chain_that_becomes_shorter_forgets_where_its_last_stages_were() -> None:
+    nodes = hosts(a_1_1=1, a_1_2=1, a_1_3=1, a_1_4=1)
+    found = planned(nodes, 2, current={rank: f"a-1-{rank + 1}" for rank in range(4)})
+    assert (found.nodes, found.moved) == (("a-1-1", "a-1-2"), ())
+
+
 def test_a_lost_stage_is_placed_near_its_neighbours_and_they_stay() -> None:
     nodes = hosts(a_1_1=0, a_1_2=0, a_1_3=1, b_1_1=8)
     found = planned(nodes, 3, keep={0: "a-1-1", 2: "a-1-2"})

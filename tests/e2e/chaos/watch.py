@@ -152,13 +152,10 @@ class Watch:
                     with self._changed:
                         self._pods = pods
                     known = {(pod.uid, pod.address): pod for pod in pods}
-                    for place in asking.keys() - known.keys():
-                        asking.pop(place).cancel()
                     for place in known.keys() - asking.keys():
                         asking[place] = asyncio.create_task(self._ask(session, known[place]))
-                    for task in asking.values():
-                        if task.done():
-                            task.result()  # raises what has ended it
+                    for place in [place for place, task in asking.items() if task.done()]:
+                        asking.pop(place).result()  # raises what has ended it
                     await asyncio.sleep(LIST_SECONDS)
         finally:
             for task in asking.values():
@@ -180,7 +177,8 @@ class Watch:
                 async with session.get(f"http://{pod.address}:{STATUS_PORT}/status") as answer:
                     self._note(Sighting(time.monotonic(), pod, AgentStatus.model_validate_json(await answer.read())))
             except (aiohttp.ClientError, TimeoutError):
-                pass  # the agent is not there yet, or no more
+                if pod not in self._pods:  # a pod that was deleted may live on for some steps, but not begin anew
+                    return
             await asyncio.sleep(POLL_SECONDS)
 
     def _note(self, seen: Sighting) -> None:

@@ -181,7 +181,6 @@ def watched(job: kit.Job) -> Iterator[Watch]:
             "data": {MODEL_FILE.name: MODEL_FILE.read_text()},
         }
     )
-    shared = _shared_memory()
     with Watch.of(job) as watch:
         job.create()
         yield watch
@@ -189,7 +188,6 @@ def watched(job: kit.Job) -> Iterator[Watch]:
     job.delete()
     kit.wait_for("no pod is left", lambda: not job.pods(), 90, job.describe)
     kit.wait_for("the nodes keep nothing of its pods", lambda: not _kept(uids), 60, lambda: str(_kept(uids)))
-    assert _shared_memory() <= shared, "shared memory is left behind"
 
 
 def spec(
@@ -229,11 +227,6 @@ def undisturbed_spec() -> kit.Object:
 def _guarded(seen: Sighting) -> bool:
     protection = seen.status.protection
     return not protection.problem and protection.guarded_step >= seen.step - 1
-
-
-def _shared_memory() -> set[str]:
-    """Names in the shared memory of the host, which is that of the nodes."""
-    return {path.name for path in Path("/dev/shm").iterdir()}
 
 
 def _kept(pod_uids: set[str]) -> list[Path]:

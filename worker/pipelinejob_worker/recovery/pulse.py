@@ -7,7 +7,6 @@ hangs, or waits for others. The thread also obeys the order to leave, as the mai
 
 import mmap
 import os
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from typing import Self
 
 BEAT_SECONDS = 0.02
 
-_STAMP = struct.Struct("<Q")
-_BEAT_AT, _MOVED_AT, _DOING_AT, _LEAVE_AT, _SIZE = 0, 8, 16, 24, 32
+_BEAT, _MOVED, _DOING, _LEAVE = range(4)
+_SIZE = 32
 
 
 class LeaveError(Exception):
@@ -45,10 +44,14 @@ class Signs:
 
 
 class Pulse:
-    """The shared memory. Times are of the monotonic clock, which all processes of a machine share."""
+    """The shared memory. Times are of the monotonic clock, which all processes of a machine share.
+
+    Each value is one machine word, so that nobody reads half of it. (``struct.pack_into`` would clear it first: a reader
+    that comes then takes a worker for one that has not moved since the machine was started.)
+    """
 
     def __init__(self, memory: mmap.mmap) -> None:
-        self._memory = memory
+        self._words = memoryview(memory).cast("Q")
 
     @classmethod
     def create(cls, path: Path) -> Self:
@@ -57,8 +60,8 @@ class Pulse:
         new.write_bytes(bytes(_SIZE))
         new.replace(path)
         pulse = cls.open(path)
-        pulse._stamp(_BEAT_AT)
-        pulse._stamp(_MOVED_AT)
+        pulse._stamp(_BEAT)
+        pulse._stamp(_MOVED)
         return pulse
 
     @classmethod
@@ -72,7 +75,7 @@ class Pulse:
 
     def beat(self) -> None:
         """Say that the process lives."""
-        self._stamp(_BEAT_AT)
+        self._stamp(_BEAT)
 
     def move(self, doing: Doing) -> None:
         """Say that the main thread begins something else.
@@ -82,30 +85,27 @@ class Pulse:
         """
         if self.must_leave:
             raise LeaveError("the agent has ordered to leave the group")
-        _STAMP.pack_into(self._memory, _DOING_AT, doing)
-        self._stamp(_MOVED_AT)
+        self._stamp(_MOVED)  # first: who sees what is done now sees the time, too
+        self._words[_DOING] = doing
 
     def order_to_leave(self) -> None:
         """Have the worker leave its group."""
-        _STAMP.pack_into(self._memory, _LEAVE_AT, 1)
+        self._words[_LEAVE] = 1
 
     @property
     def must_leave(self) -> bool:
         """Whether the agent has ordered to leave the group."""
-        return self._read(_LEAVE_AT) != 0
+        return self._words[_LEAVE] != 0
 
     def signs(self) -> Signs:
         """Return how long ago the worker gave its signs of life."""
-        beat, moved, doing = self._read(_BEAT_AT), self._read(_MOVED_AT), Doing(self._read(_DOING_AT))
+        doing = Doing(self._words[_DOING])
+        moved, beat = self._words[_MOVED], self._words[_BEAT]
         now = time.monotonic_ns()  # read last: no stamp is in the future
         return Signs((now - beat) / 1e9, (now - moved) / 1e9, doing)
 
-    def _stamp(self, place: int) -> None:
-        _STAMP.pack_into(self._memory, place, time.monotonic_ns())
-
-    def _read(self, place: int) -> int:
-        value: int = _STAMP.unpack_from(self._memory, place)[0]
-        return value
+    def _stamp(self, word: int) -> None:
+        self._words[word] = time.monotonic_ns()
 
 
 class Heart:

@@ -107,3 +107,21 @@ def measure(action: Callable[[], object], times: int) -> float:
 def test_a_sign_of_life_costs_microseconds(tmp_path: Path) -> None:
     pulse = Pulse.create(tmp_path / "pulse")
     assert measure(lambda: pulse.move(Doing.COMPUTING), 10_000) < 50e-6
+
+
+def _move(path: Path, until_exists: Path) -> None:
+    pulse = Pulse.open(path)
+    while not until_exists.exists():
+        for _ in range(1000):
+            pulse.move(Doing.COMPUTING)
+
+
+def test_a_sign_of_life_is_never_seen_half_written(tmp_path: Path) -> None:
+    pulse, end = Pulse.create(tmp_path / "pulse"), tmp_path / "end"
+    thread = threading.Thread(target=forked.call, args=(_move, tmp_path / "pulse", end))
+    thread.start()
+    until(lambda: pulse.signs().doing == Doing.COMPUTING)
+    oldest = max(pulse.signs().moved_age for _ in range(300_000))
+    end.touch()
+    thread.join()
+    assert oldest < 5, "a stamp that is cleared before it is written looks as old as the machine"

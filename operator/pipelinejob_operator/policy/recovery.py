@@ -156,8 +156,8 @@ def of_records(
     ``places``: by rank the place, its pod's name, and what the status says of it.
     """
     for record in sorted(records, key=lambda record: record.at):
-        if record.rank not in places:
-            continue
+        if record.rank not in places or record.exit_code in FINAL:
+            continue  # what is final nobody answers: the end of the container tells it
         place, pod, before = places[record.rank]
         at = datetime.fromtimestamp(round(record.at, 6), UTC)
         counted = parse_time(before.last_failure_time)

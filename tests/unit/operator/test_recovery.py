@@ -147,6 +147,10 @@ class TestProcesses:
         (found,) = of_records(record(reason="OOMKilled", exit_code=137))
         assert (found.rung, found.counts) == (Rung.PROCESS, False)
 
+    @pytest.mark.parametrize("code", [ExitCode.CONFIGURATION, ExitCode.BUDGET_SPENT])
+    def test_what_is_final_is_no_restart(self, code: ExitCode) -> None:
+        assert of_records(record(exit_code=code, reason="Configuration")) == []
+
     def test_a_rank_that_the_group_does_not_have_is_left_out(self) -> None:
         assert of_records(record(rank=9)) == []
 

@@ -20,7 +20,7 @@ from pipelinejob_worker.recovery.pulse import Doing, Pulse
 
 log = structlog.get_logger()
 
-LEAVE_SECONDS = 2.0
+LEAVE_SECONDS = 4.0
 """How long a worker may wait for others after the order to leave, which ends its waits; then it is killed."""
 
 LOOK_SECONDS = 0.02

@@ -2,6 +2,8 @@
 
 import os
 import re
+import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -17,6 +19,11 @@ from pipelinejob_worker.recovery.pulse import Doing, LeaveError, Pulse
 
 RENDEZVOUS_LIMIT = timedelta(minutes=5)
 """How long a stage waits for the others to appear."""
+
+CONNECT_LIMIT = timedelta(seconds=1)
+"""How long one round of connecting to the store lasts where agents watch."""
+
+RETRY_SECONDS = 0.02
 
 SILENCE_LIMIT = timedelta(minutes=10)
 """How long a stage waits for a message of another before it takes it for lost."""
@@ -197,15 +204,43 @@ def joined(membership: Membership, device: torch.device, meeting: Meeting | None
 
 def _store(membership: Membership, meeting: Meeting | None) -> "distributed.PrefixStore":  # type: ignore[name-defined]
     master = membership.rank == 0
-    store = distributed.TCPStore(  # type: ignore[attr-defined]
-        "localhost" if master else membership.master_address,
-        meeting.port if meeting else membership.master_port,
-        world_size=membership.world_size,
-        is_master=master,
-        timeout=RENDEZVOUS_LIMIT,
-        master_listen_fd=meeting.listener if meeting else None,
-    )
+    host = "localhost" if master else membership.master_address
+    if meeting:
+        store = _watched_store(host, meeting, master=master)
+    else:
+        store = distributed.TCPStore(  # type: ignore[attr-defined]
+            host, membership.master_port, membership.world_size, is_master=master, timeout=RENDEZVOUS_LIMIT
+        )
     return distributed.PrefixStore(meeting.name if meeting else f"epoch-{membership.epoch}", store)  # type: ignore[attr-defined]
+
+
+def _watched_store(host: str, meeting: Meeting, *, master: bool) -> "distributed.TCPStore":  # type: ignore[name-defined]
+    """Connect in short rounds, between which the agent's order to leave is obeyed.
+
+    torch's own loop connects again and again until its timeout, with seconds of sleep between, whatever becomes of its
+    sockets; so it gets to see no port that refuses. Raises LeaveError, and PeerLostError when the master does not come.
+    """
+    end = time.monotonic() + RENDEZVOUS_LIMIT.total_seconds()
+    while True:
+        meeting.pulse.move(Doing.WAITING)
+        try:
+            if not master:
+                socket.create_connection((host, meeting.port), CONNECT_LIMIT.total_seconds()).close()
+            store = distributed.TCPStore(  # type: ignore[attr-defined]
+                host,
+                meeting.port,
+                is_master=master,
+                timeout=RENDEZVOUS_LIMIT if master else CONNECT_LIMIT,
+                wait_for_workers=False,
+                master_listen_fd=meeting.listener,
+            )
+        except (distributed.DistError, OSError) as error:
+            if master or time.monotonic() > end:
+                raise PeerLostError(f"nobody meets at {host}:{meeting.port}") from error
+            time.sleep(RETRY_SECONDS)
+        else:
+            store.set_timeout(RENDEZVOUS_LIMIT)
+            return store
 
 
 def _join_replicas(membership: Membership) -> distributed.ProcessGroup | None:

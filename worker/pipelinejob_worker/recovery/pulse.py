@@ -46,8 +46,8 @@ class Signs:
 class Pulse:
     """The shared memory. Times are of the monotonic clock, which all processes of a machine share.
 
-    Each value is one machine word, so that nobody reads half of it. (``struct.pack_into`` would clear it first: a reader
-    that comes then takes a worker for one that has not moved since the machine was started.)
+    Each value is one machine word, so that nobody reads half of it. (``struct.pack_into`` would clear it first: who
+    reads then takes a worker for one that has not moved since the machine was started.)
     """
 
     def __init__(self, memory: mmap.mmap) -> None:

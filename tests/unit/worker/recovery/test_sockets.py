@@ -6,14 +6,20 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed
 
-from pipelinejob_worker.pipeline.group import is_link_error
+from pipelinejob_worker.agent.charge import LEAVE_SECONDS
+from pipelinejob_worker.pipeline.group import Meeting, is_link_error, joined
+from pipelinejob_worker.protocol import Membership
+from pipelinejob_worker.recovery.pulse import Doing, Heart, LeaveError, Pulse
 from pipelinejob_worker.recovery.sockets import shut_down, tcp_sockets
 from tests.unit.worker import forked
+from tests.unit.worker.agents import until
 from tests.unit.worker.ranks import SILENCE_LIMIT
 
 
@@ -114,3 +120,39 @@ def test_a_wait_of_gloo_for_a_frozen_peer_ends(wait: Callable[[], None]) -> None
 def _expect_no_answer(port: int, wait: Callable[[], None]) -> None:
     with pytest.raises(EOFError):  # it is killed while it sleeps
         forked.call(_rank, 1, port, wait)
+
+
+def _meet_nobody(path: Path, port: int) -> tuple[str, float]:
+    """Try to meet at a store; return what ended that, and how long after the order to leave."""
+    pulse = Pulse.open(path)
+    before, ordered = tcp_sockets(), [0.0]
+
+    def leave() -> None:
+        ordered[0] = ordered[0] or time.monotonic()
+        shut_down(spare=before)
+
+    heart = Heart(pulse, leave)
+    membership = Membership(epoch=1, action="Run", stage=1, stages=2, master_address="127.0.0.1", master_port=1)
+    try:
+        with joined(membership, torch.device("cpu"), Meeting("incarnation-1.1", port, None, pulse)):
+            return "joined", 0.0
+    except LeaveError:
+        return "left", time.monotonic() - ordered[0]
+    finally:
+        heart.stop()
+
+
+@pytest.mark.parametrize("listens", [True, False], ids=["a master that never answers", "a master that is gone"])
+def test_who_waits_for_the_store_leaves_when_it_is_ordered_to(tmp_path: Path, listens: bool) -> None:
+    pulse = Pulse.create(tmp_path / "pulse")
+    with socket.create_server(("127.0.0.1", 0)) as master:
+        port = master.getsockname()[1]
+        if not listens:
+            master.close()
+        with ThreadPoolExecutor(1) as thread:
+            meeting = thread.submit(forked.call, _meet_nobody, tmp_path / "pulse", port)
+            until(lambda: pulse.signs().doing == Doing.WAITING)
+            pulse.order_to_leave()
+            ended, seconds = meeting.result()
+    assert ended == "left"
+    assert seconds < LEAVE_SECONDS, "later the agent would kill it"

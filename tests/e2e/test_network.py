@@ -23,10 +23,10 @@ def test_stages_train_over_the_interface_that_the_job_names(namespace: kit.Names
 
 
 def test_an_interface_that_pods_do_not_have_fails_the_job_by_name(namespace: kit.Namespace) -> None:
-    network, recovery = {"interface": "ib9"}, {"maxRestarts": 0}
-    run = kit.Job(namespace, "train", kit.spec(2, 20, network=network, recovery=recovery)).create()
-    run.wait("Succeeded", "False")
-    assert "ib9" in str(run.status["firstFailure"])
+    run = kit.Job(namespace, "train", kit.spec(2, 20, network={"interface": "ib9"})).create()
+    failed = run.wait("Succeeded", "False", "InvalidConfiguration")
+    assert "spec.network.interface: this pod has no network interface ib9; allowed: " in failed["message"]
+    assert "eth0" in failed["message"]
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import distributed
 
-from pipelinejob_worker.pipeline.group import PeerLostError, is_link_error, joined
+from pipelinejob_worker.errors import ConfigurationError
+from pipelinejob_worker.pipeline.group import PeerLostError, is_link_error, joined, prepare_device
 from pipelinejob_worker.protocol import Membership
 from tests.unit.worker import forked
 
@@ -106,3 +107,11 @@ def test_ranks_wait_for_long_work_of_another(monkeypatch: pytest.MonkeyPatch, fa
         for stage in (0, 1)
     ]
     assert forked.call_all([(_work_together, member, fails) for member in members]) == answers
+
+
+def test_an_interface_that_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    prepare_device()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib9")
+    with pytest.raises(ConfigurationError, match=r"^spec\.network\.interface: this pod has no network interface ib9; "):
+        prepare_device()

@@ -39,6 +39,7 @@ from pipelinejob_worker.protocol import (
 from pipelinejob_worker.recovery import messages
 from pipelinejob_worker.recovery.coordination import Member
 from pipelinejob_worker.recovery.cut import Cut
+from pipelinejob_worker.recovery.deadlines import wait_after
 from pipelinejob_worker.recovery.keeper import Keeper
 from pipelinejob_worker.recovery.messages import Join, Plan
 from pipelinejob_worker.recovery.pieces import Incarnation
@@ -84,6 +85,7 @@ class Rank:
         self._copy_began = 0.0
         self._broke_at: float | None = None
         self._leaving = False
+        self._fruitless = 0
         self._no_snapshots = ""
         self._protection = ProtectionStatus()
         self.ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
@@ -139,7 +141,7 @@ class Rank:
             await asyncio.Future()  # this pod is on its way out, and in no group any more
         while membership.action == "Run" and not await self._can_start():
             pass
-        delay = self.records.not_before - time.monotonic()
+        delay = max(self.records.not_before - time.monotonic(), wait_after(self._fruitless))
         if delay > 0:
             log.info("waiting before the next start", seconds=round(delay, 1))
             await asyncio.sleep(delay)
@@ -163,6 +165,7 @@ class Rank:
         assert membership
         if membership.action == "Leave":
             return
+        self._fruitless += 1
         self._note_resumption(plan)
         try:
             if await self._charge.ensure():
@@ -275,6 +278,8 @@ class Rank:
             pause = time.monotonic() - self._broke_at
             self._broke_at = None
             self.recovery = self.recovery.model_copy(update={"last_pause_seconds": pause})
+        if progress.step > self.recovery.resumed_step or progress.serving:
+            self._fruitless = 0
         self.progress = progress
         self._charge.note_progress(progress)
         if protection:

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import distributed
 
+from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.protocol import Env, Membership
 from pipelinejob_worker.recovery.pulse import Doing, LeaveError, Pulse
 
@@ -50,9 +51,10 @@ def prepare_device() -> torch.device:
     """Choose this process's device and pin what changes the bits of a result.
 
     The number of threads is part of a job's numerical identity (another count sums in another order), so it
-    comes from ``OMP_NUM_THREADS`` or is 1, never from the pod's CPU limit.
+    comes from ``OMP_NUM_THREADS`` or is 1, never from the pod's CPU limit. Raises ConfigurationError.
     """
     torch.set_num_threads(int(os.environ.get(Env.THREADS) or 1))
+    _check_interfaces()
     if not torch.cuda.is_available():
         return torch.device("cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
@@ -60,6 +62,16 @@ def prepare_device() -> torch.device:
     device = torch.device("cuda", int(os.environ.get(Env.LOCAL_RANK) or 0))
     torch.cuda.set_device(device)
     return device
+
+
+def _check_interfaces() -> None:
+    """gloo would take one that is missing for a lost link, which another attempt may find again."""
+    present = [name for _, name in socket.if_nameindex()]
+    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in present:
+            raise ConfigurationError(
+                f"spec.network.interface: this pod has no network interface {name}; allowed: {', '.join(present)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ STEP_FACTOR = 5.0
 WAITING_FACTOR = 1.5
 """Who waits for others is judged later than who does not: the rank that hangs must be found before its victims."""
 
+FREE_ATTEMPTS = 5
+"""Incarnations in a row that may come to nothing before each further one waits longer."""
+
+LONGEST_WAIT = 10.0
 SAME_STEP_LIMIT = 5
 LONGEST_DELAY = 60.0
 
@@ -85,6 +89,14 @@ class GiveUp:
     """Start no more."""
 
     reason: str
+
+
+def wait_after(fruitless: int) -> float:
+    """Return the seconds to wait after so many incarnations in a row that have come to nothing.
+
+    They fail in milliseconds where, for instance, packets between two nodes do not pass, and would fill the log.
+    """
+    return 0.0 if fruitless <= FREE_ATTEMPTS else min(LONGEST_WAIT, 0.1 * 2.0 ** min(fruitless - FREE_ATTEMPTS, 10))
 
 
 def after_crash(crashes: Sequence[Crash], now: float, *, budget: int, window: float) -> Retry | GiveUp:

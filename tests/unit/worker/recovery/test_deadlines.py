@@ -2,7 +2,16 @@
 
 import pytest
 
-from pipelinejob_worker.recovery.deadlines import Crash, GiveUp, Retry, after_crash, step_deadline
+from pipelinejob_worker.recovery.deadlines import (
+    FREE_ATTEMPTS,
+    LONGEST_WAIT,
+    Crash,
+    GiveUp,
+    Retry,
+    after_crash,
+    step_deadline,
+    wait_after,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,3 +59,10 @@ def test_the_budget_is_one_of_a_window_not_of_a_life() -> None:
     spent = after_crash(history, 10, budget=10, window=60)
     assert spent == GiveUp("spec.recovery.maxRestarts: the worker has ended 11 times within 60 s; allowed: 10")
     assert after_crash(history, 65, budget=10, window=60) == Retry(0)
+
+
+def test_incarnations_that_come_to_nothing_follow_each_other_ever_later() -> None:
+    assert [wait_after(count) for count in (0, FREE_ATTEMPTS)] == [0, 0]
+    waits = [wait_after(FREE_ATTEMPTS + count) for count in range(1, 20)]
+    assert waits == sorted(waits)
+    assert (waits[0], waits[-1]) == (0.2, LONGEST_WAIT)

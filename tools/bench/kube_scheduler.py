@@ -71,6 +71,9 @@ def _stage_pods(template: Manifest, shape: tuple[int, int], levels: list[str]) -
     for pod in pods:
         del pod["spec"]["schedulingGates"]
         del pod["metadata"]["ownerReferences"]
+        for container in pod["spec"]["containers"]:  # nodes made of nothing declare no kubelet that knows the rules
+            container.pop("restartPolicy", None)
+            container.pop("restartPolicyRules", None)
     return pods
 
 

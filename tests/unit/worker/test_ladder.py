@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipelinejob_worker.protocol import ExitCode, Membership, WorkerConfig
+from pipelinejob_worker.train.protect import FIRST_MEASURE_STEPS, MEASURE_STEPS, measures_after
 from tests.unit.worker.agents import Pod, until
 from tests.unit.worker.jobs import history
 from tests.unit.worker.ladders import Ladder, children, ladder_job
@@ -161,15 +162,20 @@ def test_without_room_training_goes_on_unprotected_and_the_status_says_what_is_n
 
 
 def test_the_interval_of_snapshots_is_found_by_measuring(tmp_path: Path) -> None:
-    config = ladder_job(tmp_path, steps=60, recovery={"snapshotEverySteps": 0})
+    config = ladder_job(tmp_path, steps=120, recovery={"snapshotEverySteps": 0})
     with Ladder(tmp_path, config, 2) as ladder:
-        before = until(lambda: (s := ladder.until_step(6)) and s.protection.interval_steps > 1 and s)
-        assert before.protection.cost_percent <= 3
+        found = until(lambda: (s := ladder.status()) and s.protection and s.protection.interval_steps > 1 and s)
+        assert found.progress.step >= FIRST_MEASURE_STEPS
+        before = until(lambda: (s := ladder.status()).protection.cost_percent <= 3 and s)
         ladder.hit(1, signal.SIGKILL)
         now = ladder.until_recovered(before)
         assert now.recovery.steps_repeated <= 2 * before.protection.interval_steps
         assert ladder.exit_codes() == [ExitCode.SUCCEEDED] * 2
-        assert ladder.losses() == reference_losses(config, 60)
+        assert ladder.losses() == reference_losses(config, 120)
+
+
+def test_the_interval_is_found_early_and_again_when_the_slow_first_steps_are_over() -> None:
+    assert [steps for steps in range(1, 3 * MEASURE_STEPS + 1) if measures_after(steps)] == [4, 8, 16, 32, 64, 96]
 
 
 def test_a_frozen_pod_is_replaced_and_does_no_harm_when_it_thaws(tmp_path: Path) -> None:

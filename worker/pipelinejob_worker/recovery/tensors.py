@@ -1,14 +1,19 @@
 """Layers of the model in slots: copied from the live tensors into the slot's memory, without another copy between."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from statistics import median
 
 import torch
 
 from pipelinejob_worker.recovery.pieces import Held, Incarnation, Piece
 from pipelinejob_worker.recovery.slots import SlotDamagedError, SlotStore
 from pipelinejob_worker.state.layout import Layout, Place, Tensors, parse
+
+TIMED_SNAPSHOTS = 5
+"""How many of the newest snapshots tell how long one takes: one of them may have met a busy core."""
 
 
 def write(layout: Layout, tensors: Tensors, memory: memoryview) -> None:
@@ -61,9 +66,7 @@ class Snapshots:
         sizes = {piece: layout.size for piece, layout in self._layouts.items()}
         store.check_room(sizes, copied=False)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
-        self.seconds = 0.0
-        """How long the newest snapshot took."""
-
+        self._seconds: deque[float] = deque(maxlen=TIMED_SNAPSHOTS)
         self._taken: Future[None] | None = self._thread.submit(store.reserve, sizes, copied=False)
 
     def begin(self, step: int, tensors: Mapping[Piece, Tensors]) -> None:
@@ -75,6 +78,11 @@ class Snapshots:
         if any(tensor.is_cuda for each in tensors.values() for tensor in each.values()):
             torch.cuda.current_stream().synchronize()
         self._taken = self._thread.submit(self._take, step, tensors)
+
+    @property
+    def seconds(self) -> float:
+        """How long a snapshot takes: the median of the newest ones, 0 before the first."""
+        return median(tuple(self._seconds) or (0.0,))
 
     def wait(self) -> None:
         """Wait until the snapshot is valid. Raises what kept it from that."""
@@ -94,7 +102,7 @@ class Snapshots:
             )
             write(layout, tensors[piece], writing.payload)
             writing.commit()
-        self.seconds = time.monotonic() - started
+        self._seconds.append(time.monotonic() - started)
         self._valid(step)
 
 

@@ -23,11 +23,17 @@ from pipelinejob_worker.train.loop import StageLoop
 log = structlog.get_logger()
 
 FIRST_MEASURE_STEPS, MEASURE_STEPS = 4, 32
-"""After how many steps of an incarnation, and then how often, the interval between snapshots is found out anew."""
+"""After how many steps of an incarnation, doubled up to the second number and then as often as that, the interval
+between snapshots is found out anew: the first steps are the slow ones, and with them snapshots seem cheap."""
 
 _NUMBERS = "numbers."
 
 State = Mapping[Piece, Tensors]
+
+
+def measures_after(steps: int) -> bool:
+    """Whether the interval is found out anew after so many steps of an incarnation."""
+    return steps % MEASURE_STEPS == 0 or (steps >= FIRST_MEASURE_STEPS and steps.bit_count() == 1)
 
 
 class Guarding:
@@ -129,7 +135,7 @@ class Guarding:
             return
         self._steps += 1
         self._step_seconds = [*self._step_seconds, seconds][-MEASURE_STEPS:]
-        if not self._pinned and (self._steps == FIRST_MEASURE_STEPS or self._steps % MEASURE_STEPS == 0):
+        if not self._pinned and measures_after(self._steps):
             mine = (min(self._step_seconds), self._snapshots.seconds, self._link.copy_seconds)
             rows = self._group.gather(*(int(1e6 * value) for value in mine))
             steps, snapshots, copies = ([value / 1e6 for value in column] for column in zip(*rows, strict=True))

@@ -112,7 +112,12 @@ def predecessor_leaves(d: Decision, place: Place) -> bool:
 
 
 def _write(d: Decision, group: GroupStatus) -> None:
-    """Begin a new epoch, above all that the status and any pod have seen."""
+    """Begin a new epoch, above all that the status and any pod have seen.
+
+    Who has given all that was needed is not in it: the others would wait for a pod that is gone.
+    """
+    giving = [name for name in group.leavers if name not in group.released]
+    group = group.model_copy(update={"leavers": giving, "released": []})
     seen = [told.epoch for pod in d.seen.pods if (told := membership.current(pod.membership))]
     epoch = max(d.job.status.epoch, d.job.status.attempt, *seen, 0) + 1
     d.draft.set(epoch=epoch, group=group)

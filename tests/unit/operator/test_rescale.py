@@ -59,6 +59,20 @@ class TestRescale:
         assert made.status.epoch == 3
         assert {item.leavers for item in world.memberships().values()} == {0}
 
+    def test_who_has_given_all_is_not_in_the_epoch_that_fences_a_lost_pod(self) -> None:
+        world = running()
+        world.spec(stages=3)
+        world.settle()
+        world.look(released=frozenset({"10.0.0.3"}))
+        world.lose("tiny-s3-a0")
+        world.settle()
+        world.lose("tiny-s1-a0")
+        made = world.settle()
+        assert made.status.epoch == 3
+        assert made.status.group is not None
+        assert (made.status.group.leavers, made.status.group.released) == ([], [])
+        assert world.memberships()["tiny-s0-a0"].leavers == 0, "nobody waits for a pod that is gone"
+
     def test_a_larger_group_trains_on_until_the_new_pods_are_warm(self) -> None:
         world = running()
         world.spec(stages=6, train=manifest()["spec"]["train"] | {"schedule": {"name": "GPipe"}})

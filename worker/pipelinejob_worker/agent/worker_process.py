@@ -80,6 +80,7 @@ class Nursery:
         self._program = program
         self._zygote: Zygote | None = None
         self._log: LogPipe | None = None
+        self._starting = asyncio.Lock()
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
 
     async def ready(self) -> None:
@@ -110,15 +111,20 @@ class Nursery:
             await self._log.end()
 
     async def _living(self) -> Zygote:
-        if self._zygote is None or not self._zygote.alive:
-            if self._log:
-                await self._log.end()
-            self._log = await LogPipe.open(self.tail)
-            self._zygote = await Zygote.start(
-                self._program.entry, preload=self._program.preload, output=self._log.descriptor
-            )
-            self._log.handed_over()
-        return self._zygote
+        """Return the zygote, one for all that ask; a start goes on though who has asked for it is cancelled."""
+        return await asyncio.shield(self._started())
+
+    async def _started(self) -> Zygote:
+        async with self._starting:
+            if self._zygote is None or not self._zygote.alive:
+                if self._log:
+                    await self._log.end()
+                self._log = await LogPipe.open(self.tail)
+                self._zygote = await Zygote.start(
+                    self._program.entry, preload=self._program.preload, output=self._log.descriptor
+                )
+                self._log.handed_over()
+            return self._zygote
 
 
 __all__ = ["Nursery", "WorkerProcess", "ZygoteDiedError"]

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from pipelinejob_worker.agent.program import Program
+from pipelinejob_worker.agent.worker_process import Nursery
 from pipelinejob_worker.agent.zygote import ForkedWorker, Zygote, ZygoteDiedError
 
 ROOT = Path(__file__).parents[4]
@@ -169,3 +171,23 @@ async def test_zygote_and_workers_die_with_the_agent() -> None:
     agent.kill()
     await agent.wait()
     await until_gone(*pids)
+
+
+def children() -> set[int]:
+    tasks = Path("/proc/self/task").iterdir()
+    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+
+
+async def test_who_asks_at_once_gets_the_same_zygote_also_when_the_first_one_gives_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+    before, nursery = children(), Nursery(Program(IDLERS))
+    first = asyncio.create_task(nursery.ready())
+    others = [asyncio.create_task(nursery.ready()) for _ in range(3)]
+    await asyncio.sleep(0)
+    first.cancel()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        await asyncio.gather(*others)
+    assert len(children() - before) == 1
+    await nursery.stop()

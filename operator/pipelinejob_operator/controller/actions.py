@@ -22,6 +22,13 @@ class CreatePod:
 
 
 @dataclass(frozen=True)
+class AskRoom:
+    """Ask whether the nodes could hold a gang of such pods if nothing else ran, before the first of them is made."""
+
+    manifests: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
 class OpenGate:
     """Remove our scheduling gate from a pod."""
 
@@ -74,5 +81,14 @@ class DeleteJob:
 
 
 Action = (
-    ApplyObject | CreatePod | OpenGate | PlaceGang | NoteRelease | SetMembership | DeletePod | ReleasePod | DeleteJob
+    ApplyObject
+    | CreatePod
+    | AskRoom
+    | OpenGate
+    | PlaceGang
+    | NoteRelease
+    | SetMembership
+    | DeletePod
+    | ReleasePod
+    | DeleteJob
 )

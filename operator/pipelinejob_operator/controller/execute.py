@@ -16,6 +16,7 @@ from pipelinejob_operator.build.pods import without_restart_in_place
 from pipelinejob_operator.controller.actions import (
     Action,
     ApplyObject,
+    AskRoom,
     CreatePod,
     DeleteJob,
     DeletePod,
@@ -110,6 +111,8 @@ class Executor:
                     pod,
                     [{"op": "test", "path": f"{path}/name", "value": GATE}, {"op": "remove", "path": path}],
                 )
+            case AskRoom(manifests) if self._placer:
+                return await self._placer.foresee(job, manifests)
             case PlaceGang() if self._placer:
                 return await self._placer.place(job)
             case NoteRelease(node) if self._placer:

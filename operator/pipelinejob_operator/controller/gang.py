@@ -15,6 +15,7 @@ from pipelinejob_operator.build.pods import stage_pod
 from pipelinejob_operator.controller.actions import (
     Action,
     ApplyObject,
+    AskRoom,
     CreatePod,
     OpenGate,
     PlaceGang,
@@ -82,6 +83,14 @@ def actions(job: Job, gang: Gang, seen: Observed, installation: Installation) ->
     # A pod that has a membership keeps it for the attempt: agents ignore another text of an epoch they have
     # seen.
     return [SetMembership(pod, value) for pod, value in wanted.items() if not pod.membership and not pod.ended]
+
+
+def asked_first(todo: list[Action], seen: Observed) -> list[Action]:
+    """Before the first pod of a gang is made, ask whether the nodes could hold them all."""
+    pods = tuple(action.manifest for action in todo if isinstance(action, CreatePod))
+    if not (seen.room_unknown and pods):
+        return todo
+    return [*(action for action in todo if not isinstance(action, CreatePod | ApplyObject)), AskRoom(pods)]
 
 
 def gates(job: Job, gated: Sequence[StagePod], seen: Observed) -> list[Action]:

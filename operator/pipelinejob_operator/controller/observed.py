@@ -37,7 +37,7 @@ class Fronts:
 
 @dataclass(frozen=True)
 class Unplaced:
-    """Why a gang whose pods all exist has no nodes yet, and when to try again even if nothing happens."""
+    """Why a gang has no nodes yet, and when to try again even if nothing happens."""
 
     reason: Reason
     message: str
@@ -81,6 +81,10 @@ class Observed:
     """Whether nodes and all pods are known, so that the operator can plan."""
     unplaced: Unplaced | None = None
     """Why the gang has no nodes, while that holds."""
+    room_unknown: bool = False
+    """Whether it is to be asked, before the gang's first pod is made, if the nodes could hold it."""
+    hopeless: Unplaced | None = None
+    """Why the nodes could not, even if nothing else ran."""
     unfit_levels: str = ""
     """What is wrong with the job's topology levels on this cluster; empty where nothing is."""
     located: Located | None = None

@@ -14,6 +14,7 @@ import structlog
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.job import Job
 from pipelinejob_operator.build.opening import DYNAMIC_RESOURCES, PROVISION, Opened, Opening, opening
+from pipelinejob_operator.controller.foresight import Foresight
 from pipelinejob_operator.controller.located import locate
 from pipelinejob_operator.controller.observed import Gang, Observed, Unplaced
 from pipelinejob_operator.controller.placing import Cluster, Decision, Outcome, Request, decide
@@ -86,6 +87,7 @@ class Placer:
         self._wake, self._clock = wake, clock
         self._storage = Storage(kubernetes)
         self._waiting = Waiting(cache, inventory, self._storage, installation.topology_levels)
+        self._foresight = Foresight(kubernetes, inventory, self._storage, self._waiting, clock)
         self._memory = _Memory()
         self._turn = asyncio.Lock()
         self._thread: asyncio.Future[Decision] | None = None
@@ -105,6 +107,8 @@ class Placer:
             planned = job.spec.placement.strategy == "Planned"
             return replace(seen, unfit_levels=str(error)) if planned else seen
         gang = Gang.of(job, seen)
+        if not gang.current and not job.status.group:
+            return self._foresight.look(job, seen)
         if not gang.complete(gang.shape.size):
             return seen
         found = [self._inventory.node(name) for name in {pod.node for pod in gang.current.values()}]
@@ -128,13 +132,18 @@ class Placer:
 
     def more_room(self) -> None:
         """Wake the gangs that wait for nodes, soon."""
-        if self._waking is None and self._inventory.gated():
+        if self._waking is None and (self._inventory.gated() or self._foresight.hopeful()):
             self._waking = asyncio.get_running_loop().call_later(SETTLE_SECONDS, self._wake_waiting)
 
     def _wake_waiting(self) -> None:
         self._waking = None
-        for key in self._waiting.jobs():
+        for key in (*self._waiting.jobs(), *self._foresight.hopeful()):
             self._wake(key)
+
+    async def foresee(self, job: Job, pods: Sequence[Manifest]) -> Unplaced | None:
+        """Say why no node could ever take the gang that ``pods`` would be; None where they may be made."""
+        self._forget()
+        return await self._foresight.ask(job, pods)
 
     async def place(self, job: Job) -> Unplaced | Refused | None:
         """Find nodes for a job's gated pods; pin and open them all, or say why none is.
@@ -226,6 +235,7 @@ class Placer:
         for memory in (self._memory.nodes, self._memory.paused):
             for gone in memory.keys() - living:
                 del memory[gone]
+        self._foresight.forget(living)
 
     async def _open_planned(self, job: Job, pods: Mapping[int, Manifest], plan: Plan) -> Refused | None:
         log.info("planned", plan=plan.message)

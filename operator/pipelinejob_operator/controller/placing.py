@@ -99,6 +99,14 @@ def solve(request: Request, nodes: Sequence[Node]) -> Plan | Infeasible:
     )
 
 
+def hopeless(request: Request, nodes: Sequence[Node]) -> str:
+    """Why ``nodes``, of which nothing is taken, cannot hold a gang, and the cure; empty where they can."""
+    found = solve(request, nodes)
+    if not isinstance(found, Infeasible):
+        return ""
+    return f"{found.message}; that is so even if nothing else runs, so no pod is made before nodes are added or changed"
+
+
 def decide(request: Request, ahead: Sequence[Request], known: Mapping[str, Outcome], cluster: Cluster) -> Decision:
     """Give a gang its turn, after those ``ahead`` of it.
 

@@ -49,6 +49,7 @@ def plan(job: Job, seen: Observed, now: datetime, installation: Installation) ->
         return _after_the_end(job, seen, now, installation)
     decided = _active(Decision(job, seen, now, installation))
     decided.actions = serving.makeable(decided.actions, seen)
+    decided.actions = gang_plan.asked_first(decided.actions, seen)
     if seen.source_problem:
         decided.alarms.append(now + gang_plan.SOURCE_PATIENCE)
     if job.spec.serve:
@@ -368,9 +369,9 @@ def _hindrance(d: Decision) -> Verdict | None:
     if d.seen.unfit_levels:
         d.alarms.append(d.now + gang_plan.LONGEST_PATIENCE)
         return Verdict(Reason.UNFIT_LEVELS, d.seen.unfit_levels)
-    if d.seen.refusal:
-        d.alarms.append(d.seen.refusal.retry_at)
-        return Verdict(d.seen.refusal.reason, d.seen.refusal.message)
+    if no := d.seen.hopeless or d.seen.refusal:
+        d.alarms.append(no.retry_at)
+        return Verdict(no.reason, no.message)
     return None
 
 

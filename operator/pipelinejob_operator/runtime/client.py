@@ -20,7 +20,7 @@ Manifest = dict[str, Any]
 REQUEST_SECONDS = 30.0
 PAGE = 500
 
-NOT_FOUND, CONFLICT, UNPROCESSABLE, FORBIDDEN = 404, 409, 422, 403
+BAD_REQUEST, FORBIDDEN, NOT_FOUND, CONFLICT, UNPROCESSABLE = 400, 403, 404, 409, 422
 
 
 class Resource(NamedTuple):
@@ -115,6 +115,11 @@ class Kubernetes:
         """Create an object."""
         self._may_write()
         return await self._send("POST", _path(resource, manifest["metadata"]["namespace"]), manifest)
+
+    async def rehearse(self, resource: Resource, manifest: Manifest) -> Manifest:
+        """Return an object as it would be created, with all that admission adds; nothing is."""
+        path = _path(resource, manifest["metadata"]["namespace"])
+        return await self._send("POST", path, manifest, query=[("dryRun", "All")])
 
     async def apply(self, resource: Resource, manifest: Manifest) -> Manifest:
         """Create or update an object by server-side apply."""

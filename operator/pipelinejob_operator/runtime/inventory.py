@@ -46,8 +46,14 @@ class Inventory:
         self._built: dict[str, Node] = {}
         self._detected: tuple[str, ...] | None = None
         self._deleted: OrderedDict[str, None] = OrderedDict()
+        self.layouts = 0
+        """Grows whenever a node comes, changes or goes, whatever runs on it."""
         self.gains = 0
         """Grows whenever there may be more room; a gang that found none finds none until it has."""
+
+    def manifests(self) -> tuple[Manifest, ...]:
+        """All nodes by name, as far as placement is concerned with them."""
+        return tuple(self._nodes[name] for name in sorted(self._nodes))
 
     def nodes(self) -> tuple[Node, ...]:
         """All nodes by name, each with what is free of it now."""
@@ -84,6 +90,7 @@ class Inventory:
         if old is None or _facts(old) != _facts(trimmed):  # the heartbeats of a node change nothing
             self._changed(meta["name"])
             self._detected = None
+            self.layouts += 1
             self._gain()
 
     def drop_node(self, name: str, uid: str) -> None:
@@ -93,6 +100,7 @@ class Inventory:
             del self._nodes[name]
             self._changed(name)
             self._detected = None
+            self.layouts += 1
 
     def put_pod(self, manifest: Manifest) -> None:
         """Take over a pod."""

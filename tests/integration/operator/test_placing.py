@@ -425,6 +425,29 @@ async def test_contradictory_selectors_are_explained(
         job = await eventually(lambda: api.job(namespace), says("Placed", "False", "NoPlanFits"))
         assert "not selected by nodeSelector" in message(job, "Placed")
         assert "change the nodes, or the pod's tolerations and selectors" in message(job, "Placed")
+        assert await api.pods(namespace) == []
+
+
+async def test_what_no_empty_node_could_hold_makes_no_pod_and_no_noise_until_a_fitting_node_comes(
+    api: Api, namespace: str, kubelet: Kubelet, nodes: Nodes, operator: Callable[..., Operator]
+) -> None:
+    await nodes.add("small", 1, "a")
+    with running(operator(everywhere=True)) as process:
+        await api.create(JOBS, wants(namespace, stages=1, gpu={"count": 2}))
+        job = await eventually(lambda: api.job(namespace), says("Placed", "False", "NoPlanFits"))
+        assert f"0 of 1 stages fit: {GPU} is short by 2" in message(job, "Placed")
+        assert "no pod is made before nodes are added or changed" in message(job, "Placed")
+        # Others come and go on a node that changes nothing for it: it is not even looked at.
+        await api.create(JOBS, wants(namespace, "other", stages=1))
+        await eventually(lambda: api.job(namespace, "other"), state("Running"))
+        await finish(api, kubelet, namespace, "other")
+        await eventually(lambda: api.job(namespace, "other"), state("Succeeded"))
+        await eventually(lambda: process.metric("pipelinejob_operator_queue_depth"), lambda depth: depth == 0)
+        assert await api.pods(namespace) == []
+        assert (await api.job(namespace))["metadata"]["resourceVersion"] == job["metadata"]["resourceVersion"]
+        await nodes.add("large", 2, "a")
+        await eventually(lambda: api.job(namespace), state("Running"), seconds=15)
+        assert pinned(namespace, await api.pods(namespace)) == ["large"]
 
 
 async def test_an_operator_of_one_namespace_leaves_the_choice_to_kube_scheduler_and_says_so(

@@ -6,7 +6,7 @@ from typing import Any
 from pipelinejob_operator.build.installation import Installation
 from pipelinejob_operator.build.opening import Opened
 from pipelinejob_operator.build.place import Shape
-from pipelinejob_operator.controller.actions import OpenGate, PlaceGang
+from pipelinejob_operator.controller.actions import AskRoom, OpenGate, PlaceGang
 from pipelinejob_operator.controller.located import Located, locate
 from pipelinejob_operator.controller.observed import Refusal, Unplaced
 from pipelinejob_operator.placement.fit import Node
@@ -70,6 +70,22 @@ class TestWaiting:
         made = decide(job(), pod(0), pod(1), pod(2))
         assert told(made)["Placed"] == ("True", "AllStagesPlaced")
         assert "the operator is installed for one namespace, so it cannot see the nodes" in message(made, "Placed")
+
+    def test_before_the_first_pod_is_made_it_is_asked_whether_the_nodes_could_hold_them_all(self) -> None:
+        for some in (job(), job(recovery={"strategy": "Ladder"})):
+            made = decide(some, plans=True, room_unknown=True)
+            (asked,) = made.actions
+            assert isinstance(asked, AskRoom)
+            assert len(asked.manifests) == 3
+            assert kinds(decide(some, plans=True)).count("CreatePod") == 3, "the answer was yes"
+
+    def test_what_no_empty_cluster_could_hold_makes_no_pods_and_is_asked_again(self) -> None:
+        for some in (job(), job(recovery={"strategy": "Ladder"})):
+            made = decide(some, plans=True, hopeless=WAITS)
+            assert made.actions == ()
+            assert told(made)["Placed"] == ("False", "NoPlanFits")
+            assert message(made, "Placed") == WAITS.message
+            assert made.look_again_at == WAITS.retry_at
 
     def test_levels_that_no_node_has_make_no_pods(self) -> None:
         words = "spec.placement.topologyLevels: Invalid value: no node has the label rack"

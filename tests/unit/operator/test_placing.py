@@ -8,7 +8,7 @@ import pytest
 
 from pipelinejob_operator.build.place import Shape
 from pipelinejob_operator.controller import placing
-from pipelinejob_operator.controller.placing import Cluster, Decision, Outcome, Request, decide, solve
+from pipelinejob_operator.controller.placing import Cluster, Decision, Outcome, Request, decide, hopeless, solve
 from pipelinejob_operator.placement.fit import Demand, Node
 from pipelinejob_operator.placement.planner import Infeasible, Plan
 from pipelinejob_operator.placement.topology import levels
@@ -148,3 +148,32 @@ class TestReplacement:
     def test_it_goes_before_jobs_that_have_not_begun(self) -> None:
         lacking = asks("lacking", 2, 9, keep={0: "n1"})
         assert nodes_of(turn(lacking, asks("older", 2), of=cluster(node("n1", 0), node("n2", 2), n1=1))) == ["n1", "n2"]
+
+
+class TestHopeless:
+    """What the nodes could not hold even if nothing else ran."""
+
+    @pytest.mark.parametrize(
+        ("request_", "nodes", "words"),
+        [
+            (asks("fits", 3), [node("a", 2), node("b", 1)], ""),
+            (asks("too many", 4), [node("a", 2), node("b", 1)], "3 of 4 stages fit: gpu is short by 1; 2 of 2 nodes"),
+            (asks("too large", 1, gpus=3), [node("a", 2), node("b", 2)], "0 of 1 stages fit: gpu is short by 3"),
+            (asks("nowhere", 1), [], "0 of 0 nodes are eligible"),
+            (asks("in one rack", 2, required_level="rack"), [node("a", 1, "r"), node("b", 1, "r")], ""),
+            (asks("in no rack", 2, required_level="rack"), [node("a", 1, "r"), node("b", 1, "s")], "no rack takes all"),
+            (
+                asks("unselected", 1, demands=(Demand((("gpu", 1),), node_selector=(("pool", "x"),)),)),
+                [node("a", 1)],
+                "(1 not selected by nodeSelector); change the nodes, or the pod's tolerations and selectors",
+            ),
+        ],
+        ids=lambda value: value.job if isinstance(value, Request) else "",
+    )
+    def test_says_what_is_missing_and_that_waiting_does_not_help(
+        self, request_: Request, nodes: list[Node], words: str
+    ) -> None:
+        found = hopeless(request_, nodes)
+        assert bool(found) == bool(words)
+        assert words in found
+        assert not found or found.endswith("so no pod is made before nodes are added or changed")

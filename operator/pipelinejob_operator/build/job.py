@@ -115,6 +115,11 @@ class Job:
         return self.runs_agent and alone and self.spec.recovery.strategy == "Ladder"
 
     @property
+    def rings(self) -> bool:
+        """Whether equal stages of its pipelines exchange gradients: replicas that serve do not know of each other."""
+        return self.spec.mode == "Train"
+
+    @property
     def snapshot_memory_bytes(self) -> int:
         """Most memory that a stage's snapshots may take; 0: what the node has."""
         if self.spec.recovery.memory:

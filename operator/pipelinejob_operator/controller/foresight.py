@@ -126,6 +126,7 @@ class Foresight:
             shape=job.shape,
             demands=tuple(admitted[demand(pod)] for pod in pods),
             levels=tree,
+            rings=job.rings,
             required_level=HOST_LABEL if one_node else job.spec.placement.required_level,
             separation=job.spec.placement.separation,
         )

@@ -28,26 +28,13 @@ def locate(
 ) -> Located:
     """Look at a job's gang (rank to pod) of which every pod has a node; ``nodes`` holds these."""
     names = [gang[rank].node for rank in range(shape.size)]
-    # Pipelines that train exchange gradients; those that serve do not know of each other.
-    groups = (
-        [names]
-        if job.spec.mode == "Train"
-        else [names[at : at + shape.stages] for at in range(0, len(names), shape.stages)]
-    )
-    results = [cost_of(nodes, levels, group, len(group) // shape.stages) for group in groups]
+    result = cost_of(nodes, levels, names, shape.pipelines, rings=job.rings)
     known = {node.name: path(node, levels)[:-1] for node in nodes}
     crossings = [
-        CrossingStatus(
-            level=level.label,
-            count=sum(result.crossings[depth].chain for result in results),
-            between_pipelines=sum(result.crossings[depth].ring for result in results),
-        )
-        for depth, level in enumerate(levels)
+        CrossingStatus(level=item.level, count=item.chain, between_pipelines=item.ring) for item in result.crossings
     ]
     return Located(
-        PlacementStatus(
-            strategy=strategy(job, gang), crossings=crossings, cost=str(sum(result.cost for result in results))
-        ),
+        PlacementStatus(strategy=strategy(job, gang), crossings=crossings, cost=str(result.cost)),
         {(place.pipeline, place.stage): known[gang[place.rank].node] for place in shape.places()},
     )
 

@@ -36,6 +36,8 @@ class Request:
     current: Mapping[int, str] = field(default_factory=dict)
     """Nodes that ranks had before: to be preferred among equal plans."""
     levels: tuple[Level, ...] = ()
+    rings: bool = True
+    """Whether equal stages of the pipelines talk to each other."""
     required_level: str = ""
     separation: Separation = "Off"
 
@@ -92,6 +94,7 @@ def solve(request: Request, nodes: Sequence[Node]) -> Plan | Infeasible:
         request.levels,
         request.demands,
         pipelines=request.shape.pipelines,
+        rings=request.rings,
         required_level=request.required_level,
         separation=request.separation,
         current=request.current,

@@ -115,6 +115,7 @@ class Waiting:
             keep=keep,
             current={} if keep else before,
             levels=self.levels(job),
+            rings=job.rings,
             required_level=HOST_LABEL if one_node else job.spec.placement.required_level,
             separation=job.spec.placement.separation,
         )

@@ -10,10 +10,14 @@ from pipelinejob_operator.placement.tree import shared_depth
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """``pipelines`` chains of ``stages``; rank = pipeline * stages + stage."""
+    """``pipelines`` chains of ``stages``; rank = pipeline * stages + stage.
+
+    With ``rings`` equal stages exchange gradients; replicas that serve do not know of each other.
+    """
 
     stages: int
     pipelines: int = 1
+    rings: bool = True
 
     @property
     def ranks(self) -> int:
@@ -23,6 +27,8 @@ class Shape:
     @property
     def cut(self) -> int:
         """The fewest links that part any set of ranks from the others: those of one rank at the end of a chain."""
+        if not self.rings and self.pipelines > 1:
+            return 0
         return min(self.pipelines - 1, 2) + min(self.stages - 1, 1)
 
     def chain_links(self) -> Iterator[tuple[int, int]]:
@@ -33,7 +39,7 @@ class Shape:
 
     def ring_links(self) -> Iterator[tuple[int, int]]:
         """Equal stages of neighbouring pipelines, and of the last and the first: gradients pass here once a step."""
-        if self.pipelines < 2:
+        if self.pipelines < 2 or not self.rings:
             return
         for rank in range(self.ranks - self.stages):
             yield rank, rank + self.stages

@@ -51,6 +51,7 @@ def plan(
     demands: Sequence[Demand],
     *,
     pipelines: int = 1,
+    rings: bool = True,
     required_level: str = "",
     separation: Separation = "Off",
     current: Mapping[int, str] | None = None,
@@ -58,10 +59,10 @@ def plan(
 ) -> Plan | Infeasible:
     """The cheapest placement that is found for ``pipelines`` chains of equal length; ``demands`` are by rank.
 
-    ``required_level``: all stages lie in one domain of it. ``current``: nodes of ranks that may move but had better
-    not; their pods are not counted in ``nodes``. ``keep``: nodes of ranks that do not move; their pods are counted.
-    ``separation``: neighbouring stages of a chain never share a host (Required), or not if that is possible
-    (Preferred). Least cost comes first, then fewest moves.
+    ``rings``: equal stages of the chains talk to each other. ``required_level``: all stages lie in one domain of it.
+    ``current``: nodes of ranks that may move but had better not; their pods are not counted in ``nodes``. ``keep``:
+    nodes of ranks that do not move; their pods are counted. ``separation``: neighbouring stages of a chain never
+    share a host (Required), or not if that is possible (Preferred). Least cost comes first, then fewest moves.
 
     For one chain of equal demands the cost is the least possible. All else is a heuristic, whose bounds are in
     docs/explanation/placement.md; ``Plan.least`` says how far from the best it can be. Raises TopologyError for an
@@ -72,6 +73,7 @@ def plan(
         levels,
         demands,
         pipelines=pipelines,
+        rings=rings,
         required_level=required_level,
         separation=separation,
         current=current or {},
@@ -101,10 +103,12 @@ def plan(
     )
 
 
-def cost_of(nodes: Sequence[Node], levels: Sequence[Level], names: Sequence[str], pipelines: int = 1) -> Measure:
+def cost_of(
+    nodes: Sequence[Node], levels: Sequence[Level], names: Sequence[str], pipelines: int = 1, *, rings: bool = True
+) -> Measure:
     """What a placement costs that gives rank r the node ``names[r]``, whoever made it."""
     hosts = {node.name: path(node, levels) for node in nodes}
-    return measure([hosts[name] for name in names], Shape(len(names) // pipelines, pipelines), levels)
+    return measure([hosts[name] for name in names], Shape(len(names) // pipelines, pipelines, rings), levels)
 
 
 def _found(problem: Problem) -> Iterator[drafts.Hosts]:

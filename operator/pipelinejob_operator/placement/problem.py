@@ -81,7 +81,8 @@ class Problem:
         With several pipelines, every set of stages has at least ``Shape.cut`` links to the others. A link has two ends,
         so a level of which n > 1 domains are used is crossed cut * n / 2 times or more, where a chain crosses it n - 1
         times; and n > 1 for every level narrower than the narrowest domain that holds all. Also, chains and rings have
-        no link in common, so each pays for itself. Unequal stages count as if all were as small as the smallest.
+        no link in common, so each pays for itself. Without rings only each chain is connected. Unequal
+        stages count as if all were as small as the smallest.
         """
         root, shape = build(self.rooms_if_all(min)), self.shape
         whole, one_chain, one_ring = (
@@ -90,6 +91,8 @@ class Problem:
         )
         if shape.pipelines == 1 or whole == 0:
             return whole
+        if not shape.rings:
+            return shape.pipelines * one_chain
         narrowest = max(
             depth
             for depth in range(self.top, len(self.weights))
@@ -105,6 +108,7 @@ def state(
     demands: Sequence[Demand],
     *,
     pipelines: int,
+    rings: bool = True,
     required_level: str,
     separation: Separation,
     current: Mapping[int, str],
@@ -127,7 +131,7 @@ def state(
         for demand in dict.fromkeys(demands)
     }
     return Problem(
-        Shape(len(demands) // pipelines, pipelines),
+        Shape(len(demands) // pipelines, pipelines, rings),
         tuple(levels),
         tuple(demands),
         {hosts[node.name]: node.free for node in nodes},

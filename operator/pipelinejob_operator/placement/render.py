@@ -9,20 +9,19 @@ from pipelinejob_operator.placement.topology import Level, Path, path
 from pipelinejob_operator.placement.tree import distance
 
 
-def draw(nodes: Sequence[Node], levels: Sequence[Level], names: Sequence[str], pipelines: int = 1) -> str:
+def draw(nodes: Sequence[Node], levels: Sequence[Level], names: Sequence[str], shape: Shape) -> str:
     """The tree of used domains with the stages on each host, then the links that leave a host, then the sums.
 
     ``names[r]`` is the node of rank r = pipeline * stages + stage. Stages of pipeline k > 0 are written k/stage.
     """
     used = set(names)
     hosts = {node.name: path(node, levels) for node in nodes if node.name in used}
-    shape = Shape(len(names) // pipelines, pipelines)
     placed = [hosts[name] for name in names]
-    result = cost_of(nodes, levels, names, pipelines)
+    result = cost_of(nodes, levels, names, shape.pipelines, rings=shape.rings)
     lines = [*_tree(placed, shape, levels), "", *_chains(placed, shape, levels), ""]
     width = max(len(item.level) for item in result.crossings)
     for item, level in zip(result.crossings, levels, strict=True):
-        rings = f"  between pipelines {item.ring}" if pipelines > 1 else ""
+        rings = f"  between pipelines {item.ring}" if shape.pipelines > 1 and shape.rings else ""
         lines.append(f"{item.level:<{width}}  weight {level.weight}  crossed {item.chain}{rings}")
     return "\n".join([*lines, f"cost {result.cost}"])
 

@@ -11,6 +11,7 @@ from pipelinejob_operator.build.pods import stage_pod
 from pipelinejob_operator.controller.observed import Gang, Observed
 from pipelinejob_operator.placement import planner, render
 from pipelinejob_operator.placement.fit import demand
+from pipelinejob_operator.placement.links import Shape
 from pipelinejob_operator.placement.pods import holds_room
 from pipelinejob_operator.placement.topology import Level, choose_labels, levels, read_nodes
 from pipelinejob_operator.policy.facts import StagePod
@@ -63,10 +64,10 @@ def running(job: Job, cluster: Cluster) -> Picture:
         return Picture(f"{heading}\n\nA plan made now:\n\n{plan.text}", False)
     names = [pods[place.rank].node for place in places]
     nodes = read_nodes(cluster.nodes, ())
-    text = render.draw(nodes, tree, names, gang.shape.pipelines)
+    text = render.draw(nodes, tree, names, Shape(gang.shape.stages, gang.shape.pipelines, job.rings))
     if gang.shape != job.shape:
         return Picture(f"{text}\n\nThese are {gang.shape}; {job.shape} are on their way", True)
-    cost = planner.cost_of(nodes, tree, names, gang.shape.pipelines).cost
+    cost = planner.cost_of(nodes, tree, names, gang.shape.pipelines, rings=job.rings).cost
     return Picture(f"{text}\n\n{_compared(cost, _plan(job, cluster))}", True)
 
 
@@ -86,6 +87,7 @@ def _plan(job: Job, cluster: Cluster) -> planner.Plan | planner.Infeasible:
         cluster.tree(job),
         [demand(pod) for pod in pods],
         pipelines=job.spec.pipelines,
+        rings=job.rings,
         required_level=placement.required_level,
         separation=placement.separation,
     )
@@ -95,7 +97,7 @@ def _drawn(cluster: Cluster, job: Job, found: planner.Plan | planner.Infeasible)
     if isinstance(found, planner.Infeasible):
         return Picture(f"No place for {job.shape}: {found.message}", False)
     nodes = read_nodes(cluster.nodes, ())
-    text = render.draw(nodes, cluster.tree(job), found.nodes, job.spec.pipelines)
+    text = render.draw(nodes, cluster.tree(job), found.nodes, Shape(job.spec.stages, job.spec.pipelines, job.rings))
     return Picture(f"{text}\n{found.message}", True)
 
 

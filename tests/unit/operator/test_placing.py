@@ -150,6 +150,23 @@ class TestReplacement:
         assert nodes_of(turn(lacking, asks("older", 2), of=cluster(node("n1", 0), node("n2", 2), n1=1))) == ["n1", "n2"]
 
 
+class TestReplicas:
+    """Two pipelines of two stages; each rack has a place on two hosts."""
+
+    RACKS = (node("a1", 1, "a"), node("a2", 1, "a"), node("b1", 1, "b"), node("b2", 1, "b"))
+
+    @pytest.mark.parametrize(
+        ("rings", "cost", "between"),
+        [(True, 2 * 1 + 2 * 10_000, 2), (False, 2 * 1, 0)],
+        ids=["that train exchange gradients", "that serve do not know of each other"],
+    )
+    def test_are_priced_by_the_links_that_they_have(self, rings: bool, cost: int, between: int) -> None:
+        found = solve(asks("tiny", 4, shape=Shape(2, 2), rings=rings), self.RACKS)
+        assert isinstance(found, Plan)
+        assert (found.cost, found.least) == (cost, cost)
+        assert sum(item.ring for item in found.crossings) == between
+
+
 class TestHopeless:
     """What the nodes could not hold even if nothing else ran."""
 

@@ -156,6 +156,30 @@ def test_several_pipelines_cost_at_most_what_the_bound_says() -> None:
     assert exact >= 0.9 * planned, (exact, planned)
 
 
+def test_replicas_that_do_not_talk_to_each_other_cost_nearly_the_least_of_their_chains_alone() -> None:
+    random = Random(11)
+    planned, exact = 0, 0
+    for _ in range(300):
+        cluster = random_cluster(random, hosts=5)
+        pipelines, stages = random.choice([(2, 2), (2, 3), (3, 2), (4, 1)])
+        demands = [SMALL] * (pipelines * stages)
+        found = plan(cluster.nodes, cluster.levels, demands, pipelines=pipelines, rings=False)
+        least = best(cluster, demands, pipelines=pipelines, rings=False)
+        if isinstance(found, Infeasible):
+            assert least is None
+            continue
+        assert least is not None
+        assert found.least is not None
+        assert_fits(cluster, demands, found.nodes)
+        assert found.cost == cost(cluster, found.nodes, pipelines, rings=False)
+        assert all(item.ring == 0 for item in found.crossings)
+        assert found.least <= least[0] <= found.cost
+        planned += 1
+        exact += found.cost == least[0]
+    assert planned > 75
+    assert exact >= 0.9 * planned, (exact, planned)
+
+
 def test_unequal_stages_cost_at_most_what_they_would_if_all_were_as_large_as_the_largest() -> None:
     random = Random(8)
     planned, exact, missed, bounded = 0, 0, 0, 0

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from pipelinejob_operator.placement.fit import UNSCHEDULABLE, Demand, Node, Taint
-from pipelinejob_operator.placement.links import Crossings
+from pipelinejob_operator.placement.links import Crossings, Shape
 from pipelinejob_operator.placement.planner import Infeasible, Plan, plan
 from pipelinejob_operator.placement.render import draw
 from pipelinejob_operator.placement.topology import TopologyError, levels
@@ -214,7 +214,7 @@ def test_bad_input_names_the_field_and_what_is_allowed() -> None:
 
 def test_the_chain_is_drawn_over_the_tree() -> None:
     nodes = hosts(a_1_1=2, a_1_2=1, a_2_1=2, b_1_1=1)
-    assert draw(nodes, LEVELS, planned(nodes, 6).nodes) == "\n".join(
+    assert draw(nodes, LEVELS, planned(nodes, 6).nodes, Shape(6)) == "\n".join(
         [
             "zone > rack > kubernetes.io/hostname",
             "├─ a",
@@ -239,7 +239,7 @@ def test_the_chain_is_drawn_over_the_tree() -> None:
 
 def test_pipelines_are_drawn_one_a_line_with_the_rings_between_them() -> None:
     nodes = hosts(a_1_1=2, a_1_2=2)
-    drawn = draw(nodes, LEVELS, ["a-1-1", "a-1-2", "a-1-1", "a-1-2"], pipelines=2)
+    drawn = draw(nodes, LEVELS, ["a-1-1", "a-1-2", "a-1-1", "a-1-2"], Shape(2, 2))
     assert "      ├─ a-1-1  stages 0/0, 1/0" in drawn
     assert "pipeline 0: a-1-1[0] - a-1-2[1]\npipeline 1: a-1-1[0] - a-1-2[1]" in drawn
     assert "kubernetes.io/hostname  weight 1  crossed 2  between pipelines 0" in drawn

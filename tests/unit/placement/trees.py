@@ -43,16 +43,17 @@ def random_cluster(random: Random, hosts: int = 6, room: int = 3, **resources: i
     return Cluster(tuple(nodes), levels([f"level-{level}" for level in range(depth)], weights))
 
 
-def links(stages: int, pipelines: int = 1) -> list[tuple[int, int]]:
-    """Neighbours in each chain, and the ring through each stage of all pipelines."""
+def links(stages: int, pipelines: int = 1, rings: bool = True) -> list[tuple[int, int]]:
+    """Neighbours in each chain, and with rings one through each stage of all pipelines."""
     chains = [(p * stages + s, p * stages + s + 1) for p in range(pipelines) for s in range(stages - 1)]
-    pairs = {frozenset((p, (p + 1) % pipelines)) for p in range(pipelines) if pipelines > 1}
-    rings = [tuple(p * stages + s for p in sorted(pair)) for pair in pairs for s in range(stages)]
-    return chains + rings
+    pairs = {frozenset((p, (p + 1) % pipelines)) for p in range(pipelines) if pipelines > 1 and rings}
+    around = [tuple(p * stages + s for p in sorted(pair)) for pair in pairs for s in range(stages)]
+    return chains + around
 
 
-def cost(cluster: Cluster, names: Sequence[str], pipelines: int = 1) -> int:
-    return sum(cluster.distance(names[one], names[two]) for one, two in links(len(names) // pipelines, pipelines))
+def cost(cluster: Cluster, names: Sequence[str], pipelines: int = 1, rings: bool = True) -> int:
+    pairs = links(len(names) // pipelines, pipelines, rings)
+    return sum(cluster.distance(names[one], names[two]) for one, two in pairs)
 
 
 def best(
@@ -60,6 +61,7 @@ def best(
     demands: Sequence[Demand],
     *,
     pipelines: int = 1,
+    rings: bool = True,
     apart: bool = False,
     fixed: Mapping[int, str] | None = None,
     current: Mapping[int, str] | None = None,
@@ -68,7 +70,7 @@ def best(
     """The least (cost, moves) over all placements, or None if there is none. ``fixed`` ranks need no room."""
     fixed, current = fixed or {}, current or {}
     near: list[list[int]] = [[] for _ in demands]
-    for one, two in links(len(demands) // pipelines, pipelines):
+    for one, two in links(len(demands) // pipelines, pipelines, rings):
         near[max(one, two)].append(min(one, two))
     free = {item.name: dict(item.free) for item in cluster.nodes}
     domain = {item.name: item.labels.get(within, item.name) if within else "" for item in cluster.nodes}

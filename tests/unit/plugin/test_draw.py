@@ -221,3 +221,9 @@ class TestRunning:
         taken = pods(some, "a", "b", "c") + pods(other, "d", "d", "d")
         assert "a[0] - b[1] -- c[2]" in planned(some, Cluster(FOUR, taken, LEVELS)).text
         assert not planned(other, Cluster(FOUR, taken, LEVELS)).complete
+
+    def test_replicas_that_serve_have_no_links_between_them(self) -> None:
+        some = job(stages=1, pipelines=2, mode="Serve", serve={}, train=None)
+        drawn = running(some, Cluster(FOUR, pods(some, "a", "d"), LEVELS))
+        assert "between pipelines" not in drawn.text
+        assert drawn.text.endswith("cost 0\n\nA plan made now would cost 0, no less")

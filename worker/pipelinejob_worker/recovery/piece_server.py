@@ -1,4 +1,4 @@
-"""Keeps copies for the rank that this one guards, and gives pieces to those who recover, over TCP.
+"""Keeps copies for the ranks that this one guards, and gives pieces to those who recover, over TCP.
 
 Payloads go straight between the sockets and the slots' memory.
 """
@@ -37,7 +37,7 @@ log = structlog.get_logger()
 
 
 class PieceServer:
-    """Keeps copies for the rank that this one guards, and gives pieces to those who recover.
+    """Keeps copies for the ranks that this one guards, and gives pieces to those who recover.
 
     Only members of this job and of the present incarnation are served.
     """

@@ -5,7 +5,7 @@ before the payload is touched and set after it is complete, so a process killed 
 or one that says that it is not. Stores to shared memory are not reordered by the death of a process; the checksum
 guards against errors of ours, and against a slot that is overwritten while it is sent.
 
-The worker writes its own pieces; its agent writes those of the rank it guards, and what it fetches while no worker
+The worker writes its own pieces; its agent writes those of the ranks it guards, and what it fetches while no worker
 runs. Both may read everything.
 """
 

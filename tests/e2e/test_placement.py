@@ -153,6 +153,17 @@ def test_a_cordoned_node_is_left_out_and_its_return_wakes_the_job(namespace: kit
     assert sorted(hosts(run)) == nodes
 
 
+def test_what_no_node_could_hold_makes_no_pod_until_a_node_can(namespace: kit.Namespace, nodes: list[str]) -> None:
+    run = job(namespace, "impossible", 2, pod={"nodeSelector": {POOL: "none-yet"}}).create()
+    seen = run.wait("Placed", "False", "NoPlanFits", seconds=30)
+    assert "not selected by nodeSelector" in seen["message"]
+    assert "no pod is made before nodes are added or changed" in seen["message"]
+    assert run.pods() == []
+    with labels(POOL, {nodes[1]: "none-yet"}):
+        run.wait("Running", seconds=60)
+        assert hosts(run) == [nodes[1]] * 2
+
+
 def test_a_node_that_the_scheduler_refuses_after_all_is_left_out_of_the_next_plan(
     namespace: kit.Namespace, nodes: list[str]
 ) -> None:

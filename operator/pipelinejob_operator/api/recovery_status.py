@@ -65,7 +65,7 @@ class LastRecovery(Wire):
 
 
 class AvoidedNode(Wire):
-    """A node on which stages of this job failed; later pods avoid it after the second time, until it expires."""
+    """A node on which stages of this job failed; after the second time later pods take it last, until it expires."""
 
     name: PodName
     failures: int = Field(description="Failures on it within recovery.windowSeconds of each other.")

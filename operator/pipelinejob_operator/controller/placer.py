@@ -5,7 +5,7 @@ themselves say so. What is remembered here only saves work; a new leader starts 
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -23,6 +23,7 @@ from pipelinejob_operator.controller.waiting import Waiting
 from pipelinejob_operator.placement.fit import Node
 from pipelinejob_operator.placement.planner import Infeasible, Plan
 from pipelinejob_operator.placement.topology import TopologyError
+from pipelinejob_operator.policy.avoidance import avoided
 from pipelinejob_operator.policy.facts import Manifest
 from pipelinejob_operator.policy.reasons import Reason
 from pipelinejob_operator.runtime import metrics
@@ -160,7 +161,7 @@ class Placer:
             if names := await self._storage.dynamic(name for item in asking.demands for name, _ in item.requests):
                 log.info("devices are handed out dynamically, so kube-scheduler chooses", resources=sorted(names))
                 return await self._open_unplanned(job, pods, DYNAMIC_RESOURCES)
-            decision = await self._decide(asking, waiting)
+            decision = await self._decide(asking, waiting, avoided(job.status.avoided_nodes))
             if decision is not None and isinstance(decision.mine.plan, Plan):
                 return await self._open_planned(job, pods, decision.mine.plan)
             paused_until = self._memory.paused.get(job.uid, self._clock())
@@ -198,34 +199,45 @@ class Placer:
         ends = [item.until for item in self._memory.avoided.values() if item.until > now]
         return Unplaced(reason, message, min([now + LOOK_AGAIN, *ends]), self._inventory.gains)
 
-    async def _decide(self, asking: Request, waiting: Sequence[Request]) -> Decision | None:
-        """Plan in a thread, one plan at a time; None where that takes too long."""
-        if self._thread is not None and not self._thread.done():
-            return None
+    async def _decide(self, asking: Request, waiting: Sequence[Request], failing: Sequence[str]) -> Decision | None:
+        """Plan without the ``failing`` nodes, else with them; None where that takes too long."""
         gains = self._inventory.gains
         known = {uid: outcome for uid, (seen, outcome) in self._memory.outcomes.items() if seen == gains}
         ahead = [other for other in waiting if other.uid != asking.uid and other.turn < asking.turn]
-        cluster = Cluster(self._nodes(), self._inventory.held())
-        self._thread = asyncio.ensure_future(asyncio.to_thread(decide, asking, ahead, known, cluster))
-        with metrics.PLAN_SECONDS.time():
-            await asyncio.wait({self._thread}, timeout=PLAN_SECONDS)
-        if not self._thread.done():
+        held = self._inventory.held()
+        if failing:
+            without = Cluster(self._nodes(failing), held)
+            decision = await self._in_thread(lambda: decide(asking, ahead, known, without))
+            if decision is None or isinstance(decision.mine.plan, Plan):
+                return decision
+        cluster = Cluster(self._nodes(), held)
+        decision = await self._in_thread(lambda: decide(asking, ahead, known, cluster))
+        if decision is None:
             return None
-        decision = self._thread.result()
         stuck = {uid: outcome for uid, outcome in decision.ahead.items() if not isinstance(outcome.plan, Plan)}
         if not isinstance(decision.mine.plan, Plan):
             stuck[asking.uid] = decision.mine
         self._memory.outcomes = {uid: (gains, outcome) for uid, outcome in stuck.items()}
         return decision
 
-    def _nodes(self) -> tuple[Node, ...]:
-        """The nodes; those that are left out for a while say so."""
+    async def _in_thread(self, plan: Callable[[], Decision]) -> Decision | None:
+        """Plan in a thread, one plan at a time; None where that takes too long."""
+        if self._thread is not None and not self._thread.done():
+            return None
+        self._thread = asyncio.ensure_future(asyncio.to_thread(plan))
+        with metrics.PLAN_SECONDS.time():
+            await asyncio.wait({self._thread}, timeout=PLAN_SECONDS)
+        return self._thread.result() if self._thread.done() else None
+
+    def _nodes(self, failing: Collection[str] = ()) -> tuple[Node, ...]:
+        """The nodes; those that are left out say why."""
         now = self._clock()
-        out = {name for name, item in self._memory.avoided.items() if item.until > now}
+        why = dict.fromkeys(failing, "avoided because stages of this job failed there again and again")
+        for name, item in self._memory.avoided.items():
+            if item.until > now:
+                why[name] = "left out for a while because a stage found no place there"
         return tuple(
-            replace(node, avoided=node.avoided or "left out for a while because a stage found no place there")
-            if node.name in out
-            else node
+            replace(node, avoided=node.avoided or why[node.name]) if node.name in why else node
             for node in self._inventory.nodes()
         )
 

@@ -57,13 +57,13 @@ def elsewhere(labels: Mapping[str, str]) -> dict[str, Any]:
 
 
 def avoid(spec: dict[str, Any], nodes: Sequence[str]) -> None:
-    """Forbid a pod these nodes, beside what its own affinity says: each of its terms must hold by itself."""
+    """Have a pod prefer any other node to these; where no other is free, one of them is better than none."""
     if not nodes:
         return
     rules = spec.setdefault("affinity", {}).setdefault("nodeAffinity", {})
-    selector = rules.setdefault("requiredDuringSchedulingIgnoredDuringExecution", {"nodeSelectorTerms": [{}]})
     # The API takes one name in a list at most.
     fields = [{"key": "metadata.name", "operator": "NotIn", "values": [name]} for name in nodes]
-    selector["nodeSelectorTerms"] = [
-        term | {"matchFields": [*term.get("matchFields", []), *fields]} for term in selector["nodeSelectorTerms"]
+    rules["preferredDuringSchedulingIgnoredDuringExecution"] = [
+        *rules.get("preferredDuringSchedulingIgnoredDuringExecution", []),
+        {"weight": HEAVIEST, "preference": {"matchFields": fields}},
     ]

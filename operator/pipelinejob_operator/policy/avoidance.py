@@ -1,4 +1,4 @@
-"""Avoidance: nodes on which stages of a job failed again and again are not asked to hold its later pods."""
+"""Avoidance: nodes on which stages of a job failed again and again are asked last to hold its later pods."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
@@ -28,5 +28,5 @@ def unexpired(known: Sequence[AvoidedNode], now: datetime, window: timedelta) ->
 
 
 def avoided(known: Sequence[AvoidedNode]) -> list[str]:
-    """Names of the nodes that later pods must avoid."""
+    """Names of the nodes that later pods take only where no other will do."""
     return sorted(item.name for item in known if item.failures >= REPEATED)

@@ -487,6 +487,30 @@ def replaced(old: Manifest, pods: list[Manifest]) -> bool:
     )
 
 
+async def test_a_node_where_stages_fail_again_and_again_is_taken_only_where_no_other_is_free(
+    api: Api, namespace: str, kubelet: Kubelet, nodes: Nodes, operator: Callable[..., Operator]
+) -> None:
+    for name, gpus in (("a1", 1), ("a2", 2)):
+        await nodes.add(name, gpus, "a")
+    with running(operator(everywhere=True)):
+        await api.create(JOBS, wants(namespace, recovery={"strategy": "Ladder"}))
+        await eventually(lambda: api.job(namespace), state("Running"))
+        pods = await api.pods(namespace)
+        stage = pinned(namespace, pods).index("a1")
+        for _ in range(2):
+            failing = pods[stage]
+            await kubelet.end(failing, 1)
+            pods = await eventually(lambda: api.pods(namespace), partial(replaced, failing))
+            assert pinned(namespace, pods)[stage] == "a1"
+        avoided = (await api.job(namespace))["status"]["avoidedNodes"]
+        assert [(short(namespace, item["name"]), item["failures"]) for item in avoided] == [("a1", 2)]
+        await nodes.add("a3", 1, "a")
+        failing = pods[stage]
+        await kubelet.end(failing, 1)
+        pods = await eventually(lambda: api.pods(namespace), partial(replaced, failing))
+        assert pinned(namespace, pods)[stage] == "a3"
+
+
 async def test_a_stage_that_joins_a_running_pipeline_goes_beside_the_last_one(
     api: Api, namespace: str, kubelet: Kubelet, nodes: Nodes, operator: Callable[..., Operator]
 ) -> None:

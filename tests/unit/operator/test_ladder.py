@@ -251,10 +251,11 @@ class TestOneStage:
             world.settle()
         assert [(item.name, item.failures) for item in made.status.avoided_nodes] == [("node-1", 2)]
         (last,) = [action for action in made.actions if isinstance(action, CreatePod)]
-        required = last.manifest["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
-        assert required["nodeSelectorTerms"] == [
-            {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": ["node-1"]}]}
-        ]
+        rules = last.manifest["spec"]["affinity"]["nodeAffinity"]
+        elsewhere = {"matchFields": [{"key": "metadata.name", "operator": "NotIn", "values": ["node-1"]}]}
+        assert rules == {
+            "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "preference": elsewhere}]
+        }, "where no other node is free, it is better than none"
 
     def test_an_avoided_node_is_tried_again_when_the_window_is_over(self) -> None:
         world = running(job(recovery={"windowSeconds": 60}))

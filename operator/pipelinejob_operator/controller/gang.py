@@ -121,7 +121,7 @@ def placed(gang: Gang, job: Job, seen: Observed) -> Told:
     if all(pod.scheduled for pod in pods):
         return "True", Reason.PLACED, f"all {size} stages have a node{_how(job, pods, seen)}"
     if seen.unplaced:
-        return "False", seen.unplaced.reason, seen.unplaced.message + _tied(seen.claim, size)
+        return "False", seen.unplaced.reason, seen.unplaced.message + tied(seen.claim, size)
     return "False", *_scheduling(job, pods, seen)
 
 
@@ -134,7 +134,7 @@ def _scheduling(job: Job, pods: Sequence[StagePod], seen: Observed) -> tuple[Rea
         return Reason.PROVISIONING, f"{have}; the others wait for nodes to be provisioned, at most {limit} s"
     if stuck := [pod for pod in pods if pod.unschedulable]:
         message = f"{len(stuck)} of {size} stages find no node; {stuck[0].place}: {stuck[0].unschedulable}"
-        return Reason.UNSCHEDULABLE, message + _tied(seen.claim, size)
+        return Reason.UNSCHEDULABLE, message + tied(seen.claim, size)
     if held := [pod for pod in pods if pod.held and not pod.scheduled]:
         return Reason.HELD, f"{len(held)} of {size} stages wait behind the scheduling gate {held[0].held[0]}"
     return Reason.SCHEDULING, have
@@ -165,7 +165,8 @@ def _chosen(job: Job, pods: Sequence[StagePod], seen: Observed) -> str:
     return ""
 
 
-def _tied(claim: Claim | None, size: int) -> str:
+def tied(claim: Claim | None, size: int) -> str:
+    """Say that a claim keeps all stages on one node, where it does."""
     if claim is None or not claim.one_node or size == 1:
         return ""
     return (

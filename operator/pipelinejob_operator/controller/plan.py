@@ -371,7 +371,8 @@ def _hindrance(d: Decision) -> Verdict | None:
         return Verdict(Reason.UNFIT_LEVELS, d.seen.unfit_levels)
     if no := d.seen.hopeless or d.seen.refusal:
         d.alarms.append(no.retry_at)
-        return Verdict(no.reason, no.message)
+        why = gang_plan.tied(d.seen.claim, d.job.shape.size) if d.seen.hopeless else ""
+        return Verdict(no.reason, no.message + why)
     return None
 
 

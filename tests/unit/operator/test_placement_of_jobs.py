@@ -87,6 +87,12 @@ class TestWaiting:
             assert message(made, "Placed") == WAITS.message
             assert made.look_again_at == WAITS.retry_at
 
+    def test_a_claim_of_one_node_is_named_where_no_node_could_hold_all(self) -> None:
+        claim = Claim("saves", frozenset({"ReadWriteOnce"}))
+        made = decide(job(checkpoint={"volumeClaimName": "saves"}), plans=True, hopeless=WAITS, claim=claim)
+        assert made.actions == ()
+        assert 'claim "saves" is ReadWriteOnce, so all 3 stages must share one node' in message(made, "Placed")
+
     def test_levels_that_no_node_has_make_no_pods(self) -> None:
         words = "spec.placement.topologyLevels: Invalid value: no node has the label rack"
         made = decide(job(), plans=True, unfit_levels=words)

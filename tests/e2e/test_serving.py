@@ -11,6 +11,9 @@ from tests.e2e.serving import TOKEN, Clients, continued, make_model
 
 LENGTHS = [3, 17, 40, 64, 90, 121, 5, 33]
 OUTPUT = 160
+MANY = 120
+"""Requests that take long enough for the job's status, which looks every three seconds, to show them running."""
+
 FRONT = "pipelinejob.dev/front"
 
 
@@ -112,7 +115,7 @@ def test_who_has_no_token_is_refused(served: kit.Job, clients: Clients, answers:
 
 
 def test_what_it_does_is_shown(served: kit.Job, clients: Clients, answers: dict[str, str]) -> None:
-    asked = requests(answers, 40, stream=True)
+    asked = requests(answers, MANY, stream=True)
     begun = clients.begin("served-front", asked)
     wait_until_busy(served)
     header, row = kit.kubectl("get", "pj", "served", "-n", served.namespace.name).splitlines()
@@ -140,7 +143,7 @@ def test_overload_is_refused_with_a_time_to_come_back_and_harms_nobody(
 def test_a_killed_front_breaks_its_own_connections_only(
     served: kit.Job, clients: Clients, answers: dict[str, str]
 ) -> None:
-    asked = requests(answers, 32, stream=True)
+    asked = requests(answers, MANY, stream=True)
     begun = clients.begin("served-front", asked, tries=5)
     wait_until_busy(served)
     victim = fronts(served.namespace)[0]["metadata"]["name"]
@@ -156,7 +159,7 @@ def test_a_killed_front_breaks_its_own_connections_only(
 def test_a_killed_stage_is_a_pause_and_the_answers_stay_the_same(
     served: kit.Job, clients: Clients, answers: dict[str, str]
 ) -> None:
-    asked = requests(answers, 32, stream=True)
+    asked = requests(answers, MANY, stream=True)
     begun = clients.begin("served-front", asked)
     wait_until_busy(served)
     before = {pod["metadata"]["uid"] for pod in fronts(served.namespace)}
@@ -173,7 +176,7 @@ def test_a_killed_stage_is_a_pause_and_the_answers_stay_the_same(
 def test_stages_are_added_and_taken_while_clients_are_answered(
     served: kit.Job, clients: Clients, answers: dict[str, str]
 ) -> None:
-    asked = requests(answers, 24, stream=True)
+    asked = requests(answers, MANY, stream=True)
     for count in (4, 2):
         begun = clients.begin("served-front", asked)
         wait_until_busy(served)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from pipelinejob_operator.placement.pods import node_of
-from pipelinejob_operator.runtime.client import JOBS, PODS
+from pipelinejob_operator.runtime.client import JOBS
 from tests.integration.operator.harness import (
     Api,
     Kubelet,
@@ -18,7 +18,7 @@ from tests.integration.operator.harness import (
     running,
     state,
 )
-from tests.integration.operator.test_placing import RACK, Nodes, finish
+from tests.integration.operator.test_placing import RACK, Nodes, all_finish
 
 NODES, PER_RACK = 500, 4
 FREE_RACKS = 20
@@ -86,25 +86,8 @@ async def test_fifty_jobs_at_once_where_twenty_fit_all_finish(
     api: Api, namespace: str, kubelet: Kubelet, nodes: Nodes, operator: Callable[..., Operator]
 ) -> None:
     names = [f"job-{number}" for number in range(JOBS_AT_ONCE)]
-    left, most = set(names), 0
     with running(operator(everywhere=True)):
         for start in range(0, JOBS_AT_ONCE, CALLS_AT_ONCE):
             await asyncio.gather(*(api.create(JOBS, chain(namespace, n)) for n in names[start : start + CALLS_AT_ONCE]))
-
-        async def round_of_all() -> set[str]:
-            nonlocal most
-            pods = [pod for pod in await api.items(PODS, namespace) if pod["status"]["phase"] in ("Pending", "Running")]
-            opened = [pod for pod in pods if "schedulingGates" not in pod["spec"]]
-            taken = Counter(node_of(pod) for pod in opened)
-            assert max(taken.values(), default=0) <= 1, "no node holds more than it has"
-            most = max(most, len(opened))
-            for job in await api.items(JOBS, namespace):
-                name = job["metadata"]["name"]
-                if state("Succeeded")(job):
-                    left.discard(name)
-                elif state("Running")(job):
-                    await finish(api, kubelet, namespace, name)
-            return left
-
-        await eventually(round_of_all, lambda names: not names, seconds=180)
+        most = await all_finish(api, kubelet, namespace, names, per_node=1)
     assert most > FREE_RACKS * PER_RACK // 2, "many run at once"

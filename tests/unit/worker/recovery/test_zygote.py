@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -174,8 +175,12 @@ async def test_zygote_and_workers_die_with_the_agent() -> None:
 
 
 def children() -> set[int]:
-    tasks = Path("/proc/self/task").iterdir()
-    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+    pids: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        # A thread may end between the look at the list and the look at the thread.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            pids.update(int(pid) for pid in (task / "children").read_text().split())
+    return pids
 
 
 async def test_who_asks_at_once_gets_the_same_zygote_also_when_the_first_one_gives_up(

@@ -109,6 +109,37 @@ def test_ranks_wait_for_long_work_of_another(monkeypatch: pytest.MonkeyPatch, fa
     assert forked.call_all([(_work_together, member, fails) for member in members]) == answers
 
 
+def _meet_after_a_failure(failing: Membership, membership: Membership) -> tuple[str, list[list[int]]]:
+    """Rank 0 opens the store of the first meeting and is gone; only the others come to form that group, in vain."""
+    seen = "opened the store"
+    if membership.stage == 0:
+        distributed.TCPStore("127.0.0.1", failing.master_port, failing.world_size, is_master=True)  # type: ignore[attr-defined]
+    else:
+        try:
+            with joined(failing, torch.device("cpu")):
+                seen = "joined"
+        except PeerLostError:
+            seen = "lost a peer"
+    with joined(membership, torch.device("cpu")) as group:
+        return seen, group.gather(group.rank)
+
+
+def test_ranks_meet_also_when_some_have_failed_to_form_a_group_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    failing, after = [
+        [
+            Membership(epoch=epoch, action="Run", stage=stage, stages=2, master_address="127.0.0.1", master_port=port)
+            for stage in (0, 1)
+        ]
+        for epoch, port in ((1, forked.free_port()), (2, forked.free_port()))
+    ]
+    together = [[0], [1]]
+    assert forked.call_all([(_meet_after_a_failure, *members) for members in zip(failing, after, strict=True)]) == [
+        ("opened the store", together),
+        ("lost a peer", together),
+    ]
+
+
 def test_an_interface_that_is_not_there_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     prepare_device()

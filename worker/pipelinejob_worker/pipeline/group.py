@@ -183,6 +183,7 @@ def joined(membership: Membership, device: torch.device, meeting: Meeting | None
     at once: with gloo the failure then runs along the pipeline in about 10 ms a stage.
     """
     stage, rank = membership.stage, membership.rank
+    _forget_groups()
     try:
         distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -212,6 +213,15 @@ def joined(membership: Membership, device: torch.device, meeting: Meeting | None
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def _forget_groups() -> None:
+    """Number torch's groups from 0 again, as it does when a group is left, but not when it could not be formed.
+
+    The number is part of the keys under which the ranks exchange their addresses: ranks of which some have failed more
+    often would wait for each other for ever (``_process_group_name`` in torch/distributed/distributed_c10d.py).
+    """
+    distributed.distributed_c10d._world.group_count = 0
 
 
 def _store(membership: Membership, meeting: Meeting | None) -> "distributed.PrefixStore":  # type: ignore[name-defined]

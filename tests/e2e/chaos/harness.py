@@ -23,6 +23,8 @@ REFERENCE_STEPS = 600
 
 CHECKPOINT_SECONDS = 30
 LEAVING_SECONDS = 90
+LEADING_SECONDS = 60
+LEASE = "pipelinejob"
 COUNTED_SECONDS = 30
 LOOK_SECONDS = 0.002
 
@@ -80,6 +82,7 @@ def strike(scene: Scene, fault: Fault, phase: Phase) -> Outcome:
     wrong += verdict.wrong_losses(verdict.told_losses(scene.watch.sightings), undisturbed(scene.watch.last_step()))
     assert not wrong, "\n".join([str(outcome), *wrong[:20], scene.watch.describe()])
     _wait_for_pods(scene)
+    _wait_for_operator()
     own = {pod.uid for pod in pods if fault.failure and fault.loss}
     failed = {stage: (lives.pod in own, bystander and lives.pod == bystander.uid) for stage, lives in before.items()}
     _wait_for_counters(scene, counted, {stage: sum(map(bool, both)) for stage, both in failed.items()})
@@ -149,6 +152,17 @@ def _wait_for_pods(scene: Scene) -> None:
         LEAVING_SECONDS,
         job.describe,
     )
+
+
+def _wait_for_operator() -> None:
+    """See that one of the operator's pods leads: while none does, what happens to a pod is not seen, but told later."""
+
+    def leads() -> bool:
+        holder = kit.get("lease", LEASE, "-n", kit.OPERATOR_NAMESPACE)["spec"].get("holderIdentity") or ""
+        pods = kit.get("pods", "-n", kit.OPERATOR_NAMESPACE)["items"]
+        return any(holder.startswith(f"{pod['metadata']['name']}_") for pod in pods)
+
+    kit.wait_for("an operator leads", leads, LEADING_SECONDS)
 
 
 def _wait_for_counters(scene: Scene, before: Mapping[int, int], failed: Mapping[int, int]) -> None:

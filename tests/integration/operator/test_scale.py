@@ -1,13 +1,15 @@
-"""Placement on 500 nodes against a real API server: where chains go, and 50 jobs where 20 fit."""
+"""Placement on 500 nodes with a real API server and scheduler: where chains go, and 50 jobs where 20 fit."""
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
 from pipelinejob_operator.placement.pods import node_of
 from pipelinejob_operator.runtime.client import JOBS
+from tests.cluster.control_plane import ControlPlane, free_port
+from tests.cluster.controllers import scheduler
 from tests.integration.operator.harness import (
     Api,
     Kubelet,
@@ -24,6 +26,22 @@ NODES, PER_RACK = 500, 4
 FREE_RACKS = 20
 STAGES, JOBS_AT_ONCE = 4, 50
 CALLS_AT_ONCE = 25
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kube_scheduler(plane: ControlPlane) -> Iterator[None]:
+    """The real one, for all pods while it runs."""
+    program = scheduler(plane, fast=True, port=free_port())
+    program.start()
+    yield
+    program.stop()
+
+
+@pytest.fixture
+def kubelet(kubelet: Kubelet) -> Kubelet:
+    """Runs what the scheduler has bound."""
+    kubelet.binds = False
+    return kubelet
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pipelinejob_worker.protocol import Preset
 from tests.e2e import kit, losses
 from tests.e2e.chaos import verdict
 from tests.e2e.chaos.catalog import Fault, Phase, Pods
-from tests.e2e.chaos.lives import Loss
+from tests.e2e.chaos.lives import Lives, Loss, runs
 from tests.e2e.chaos.scene import PRESET, Scene, pause, undisturbed_spec
 from tests.e2e.chaos.watch import Pod
 
@@ -63,6 +63,8 @@ def strike(scene: Scene, fault: Fault, phase: Phase) -> Outcome:
         struck.setdefault(bystander.uid, Loss.WORKER)
     at, step = time.monotonic(), scene.watch.last_step()
     with fault.strike(scene, pods):
+        for lives in before.values():
+            _wait_for_end(lives, struck.get(lives.pod, Loss.NOTHING), fault.seconds)
         scene.wait_settled(fault.seconds, beyond=step + 1)
         settled = time.monotonic()
     outcome = Outcome(
@@ -87,6 +89,13 @@ def strike(scene: Scene, fault: Fault, phase: Phase) -> Outcome:
     failed = {stage: (lives.pod in own, bystander and lives.pod == bystander.uid) for stage, lives in before.items()}
     _wait_for_counters(scene, counted, {stage: sum(map(bool, both)) for stage, both in failed.items()})
     return outcome
+
+
+def _wait_for_end(lives: Lives, loss: Loss, seconds: float) -> None:
+    """Wait until what a fault ends has ended: until the kubelet has noticed, the job may train on."""
+    identity = lives.worker if loss == Loss.WORKER else lives.agent
+    if loss and identity:
+        kit.wait_for(f"process {identity[0]} of pod {lives.pod} ends", lambda: not runs(identity), seconds)
 
 
 # --- phases: each comes to its moment, and returns the pod that it has struck itself, if any --------------------

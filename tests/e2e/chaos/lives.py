@@ -15,12 +15,16 @@ class Loss(IntEnum):
     POD = 3
 
 
+Identity = tuple[int, int]
+"""A process id, and the time of its start."""
+
+
 class Lives(NamedTuple):
     """Each member changes when a new one has taken over: a UID, and process ids with the time of their start."""
 
     pod: str
-    agent: tuple[int, int]
-    worker: tuple[int, int] | None
+    agent: Identity
+    worker: Identity | None
 
     @classmethod
     def in_pod(cls, uid: str) -> Self:
@@ -36,3 +40,9 @@ class Lives(NamedTuple):
         if later.agent != self.agent:
             return Loss.AGENT
         return Loss.WORKER if later.worker != self.worker else Loss.NOTHING
+
+
+def runs(identity: Identity) -> bool:
+    """Whether a process has not ended."""
+    found = faults.Process.read(identity[0])
+    return found is not None and found.started == identity[1]

@@ -2,8 +2,9 @@
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 from tests.e2e import kit
 
 TOKEN = "let-me-in"
+FRONT = "pipelinejob.dev/front"
+"""Label of the fronts' pods."""
+
 LIBRARIES = ("openai", "jiter", "sniffio", "distro", "tqdm")
 """The official client, and what it needs beside what the worker image has."""
 
@@ -43,7 +47,7 @@ print("ANSWERS" + json.dumps(answers))
 """
 
 CONTINUE = """
-import sys, torch
+import json, sys, torch
 from pathlib import Path
 from safetensors.torch import load_file
 from pipelinejob_worker.models import model_of
@@ -57,13 +61,16 @@ for index, layer in chunk.layers.items():
     state = {key.removeprefix(f"{name}."): value for key, value in load_file(directory / f"{name}.safetensors").items()}
     weights = {key.removeprefix("weight."): value for key, value in state.items() if key.startswith("weight.")}
     layer.load_state_dict(weights)
-ids = list(sys.argv[2].encode())
-output = int(sys.argv[3])
-with torch.inference_mode():
-    for _ in range(output):
-        logits = chunk(torch.tensor([ids]), torch.arange(len(ids))[None])
-        ids.append(int(logits[0, -1].argmax()))
-print("ANSWER" + bytes(ids[-output:]).decode(errors="replace"))
+prompts, output = json.loads(sys.argv[2])
+answers = {}
+for prompt in prompts:
+    ids = list(prompt.encode())
+    with torch.inference_mode():
+        for _ in range(output):
+            logits = chunk(torch.tensor([ids]), torch.arange(len(ids))[None])
+            ids.append(int(logits[0, -1].argmax()))
+    answers[prompt] = bytes(ids[-output:]).decode(errors="replace")
+print("ANSWERS" + json.dumps(answers))
 """
 
 ASK = """
@@ -98,6 +105,32 @@ asyncio.run(main())
 """
 
 
+@contextmanager
+def secured(name: str) -> Iterator[kit.Namespace]:
+    """A namespace of the restricted standard during the block, with the claim ``models`` and the clients' token."""
+    with kit.namespace(name, {"pod-security.kubernetes.io/enforce": "restricted"}) as made:
+        made.claim("models")
+        made.apply(
+            {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "token"}, "stringData": {"token": TOKEN}}
+        )
+        yield made
+
+
+def stages(run: kit.Job) -> list[kit.Object]:
+    """The pods of a job's stages."""
+    return run.namespace.list("pods", f"pipelinejob.dev/job={run.name},!{FRONT}")
+
+
+def wait_until_busy(run: kit.Job) -> None:
+    """Wait until requests are being answered, as the status says."""
+    kit.wait_for(
+        "requests are being answered",
+        lambda: run.status.get("progress", {}).get("running", 0) > 0,
+        60,
+        run.describe,
+    )
+
+
 @dataclass(frozen=True)
 class Clients:
     """The official client in a pod of the namespace: what it asks goes through the Service and the NetworkPolicy."""
@@ -106,10 +139,10 @@ class Clients:
     pod: str = "clients"
 
     @classmethod
-    def start(cls, namespace: kit.Namespace) -> "Clients":
-        """Start the pod and copy the client into it."""
+    def start(cls, namespace: kit.Namespace, node: str = "") -> "Clients":
+        """Start the pod, on this node if one is given, and copy the client into it."""
         made = cls(namespace)
-        namespace.apply(_pod(made.pod))
+        namespace.apply(_pod(made.pod, node))
         kit.kubectl("wait", "--for=condition=Ready", f"pod/{made.pod}", "-n", namespace.name, "--timeout=90s")
         directories = [directory for name in LIBRARIES if (directory := _directory(name))]
         places = [argument for path in directories for argument in ("-C", str(path.parent), path.name)]
@@ -153,10 +186,15 @@ def make_model(namespace: kit.Namespace, claim: str, lengths: Sequence[int], out
     return answers
 
 
-def continued(namespace: kit.Namespace, claim: str, model: kit.Object, prompt: str, output: int) -> str:
-    """What a preset with the weights of a claim's newest checkpoint says after a prompt, in one process, no cache."""
-    said = namespace.run(claim, "python3", "-c", CONTINUE, json.dumps(model), prompt, str(output))
-    return said.partition("ANSWER")[2].removesuffix("\n")
+def continued(
+    namespace: kit.Namespace, claim: str, model: kit.Object, prompts: Sequence[str], output: int
+) -> dict[str, str]:
+    """What a preset with the weights of a claim's newest checkpoint says after prompts, in one process, no cache."""
+    arguments = (json.dumps(model), json.dumps([list(prompts), output]))
+    answers: dict[str, str] = json.loads(
+        namespace.run(claim, "python3", "-c", CONTINUE, *arguments).partition("ANSWERS")[2]
+    )
+    return answers
 
 
 def _directory(name: str) -> Path | None:
@@ -164,7 +202,7 @@ def _directory(name: str) -> Path | None:
     return Path(found.origin).parent if found and found.origin else None
 
 
-def _pod(name: str) -> kit.Object:
+def _pod(name: str, node: str) -> kit.Object:
     container = {
         "name": "python",
         "image": kit.WORKER_IMAGE,
@@ -173,6 +211,7 @@ def _pod(name: str) -> kit.Object:
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
     spec = {
+        **({"nodeName": node} if node else {}),
         "terminationGracePeriodSeconds": 0,
         "automountServiceAccountToken": False,
         "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from pipelinejob_worker.models.gpt import Gpt
-from pipelinejob_worker.protocol import Preset
+from pipelinejob_worker.protocol import CHECKPOINT_DIRECTORY, Preset
 from tests.e2e import kit, losses
 from tests.e2e.chaos import verdict
 from tests.e2e.chaos.catalog import Fault, Phase, Pods
@@ -116,8 +116,8 @@ def _commit(scene: Scene, pods: Pods) -> Pod | None:
 
 def _checkpoint(scene: Scene, pods: Pods) -> Pod | None:
     """While a checkpoint is half written."""
-    assert scene.volume is not None
-    directory = scene.volume if isinstance(scene.volume, Path) else scene.volume.directory
+    agent, _ = scene.lives()[0].agent
+    directory = Path(f"/proc/{agent}/root{CHECKPOINT_DIRECTORY}")  # as the pod sees it, wherever that is mounted
     end = time.monotonic() + CHECKPOINT_SECONDS
     while not any(directory.glob("step-*.partial-*")):
         assert time.monotonic() < end, f"no checkpoint is written to {directory}"

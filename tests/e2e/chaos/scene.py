@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from tests.cluster import faults, settings, volumes
+from tests.cluster import faults, settings
 from tests.cluster.faults import Process
 from tests.e2e import kit
 from tests.e2e.chaos.lives import Lives
@@ -46,8 +46,8 @@ class Scene:
     """Numbers of stages between which it is rescaled."""
 
     random: random.Random
-    volume: faults.SmallVolume | Path | None = None
-    """The checkpoint volume on the host, if the job has one."""
+    volume: faults.SmallVolume | None = None
+    """Where checkpoints go, if that is one."""
 
     guarded: bool = True
     """Whether each stage keeps a copy of another's state."""
@@ -144,29 +144,27 @@ def stage_a_job(namespace: kit.Namespace, volume: Volume, seed: object) -> Itera
     rng = random.Random(str(seed))
     shapes = SHAPES[volume]
     stages = max(shapes) if volume == Volume.SMALL else rng.choice(shapes)
-    with _volume(namespace, volume) as place:
-        checkpoint = {"checkpoint": {"volumeClaimName": CLAIM, "everySteps": CHECKPOINT_EVERY}}
-        job = kit.Job(namespace, "chaos", spec(stages) | (checkpoint if place else {}))
+    checkpoint = {"checkpoint": {"volumeClaimName": CLAIM, "everySteps": CHECKPOINT_EVERY}}
+    with _volume(namespace, volume) as small:
+        job = kit.Job(namespace, "chaos", spec(stages) | (checkpoint if volume != Volume.NONE else {}))
         with watched(job) as watch:
-            scene = Scene(job, watch, stages, shapes, rng, place)
+            scene = Scene(job, watch, stages, shapes, rng, small)
             scene.wait_settled(START_SECONDS)
             yield scene
 
 
 @contextmanager
-def _volume(namespace: kit.Namespace, volume: Volume) -> Iterator[faults.SmallVolume | Path | None]:
+def _volume(namespace: kit.Namespace, volume: Volume) -> Iterator[faults.SmallVolume | None]:
     """Claim what a job's checkpoints need; a small volume is one of each node, so its pods must share one."""
-    if volume == Volume.NONE:
+    if volume != Volume.NONE:
+        namespace.claim(CLAIM, "ReadWriteOnce" if volume == Volume.SMALL else "ReadWriteMany")
+    if volume != Volume.SMALL:
         yield None
         return
-    namespace.claim(CLAIM, "ReadWriteOnce" if volume == Volume.SMALL else "ReadWriteMany")
     claim = ("pvc", CLAIM, "-n", namespace.name)
     name = kit.wait_for("the claim is bound", lambda: kit.get(*claim)["spec"].get("volumeName"), 30)
-    if volume == Volume.SMALL:
-        with faults.small_volume(name, SMALL_VOLUME) as small:
-            yield small
-    else:
-        yield volumes.ROOT / name
+    with faults.small_volume(name, SMALL_VOLUME) as small:
+        yield small
 
 
 @contextmanager

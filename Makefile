@@ -81,6 +81,11 @@ chaos: $(VENV)/complete ## Let faults strike a job that trains, in an order that
 	@source tests/cluster/use.sh; \
 	$(PYTHON) -m tests.e2e.chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGUMENTS)
 
+.PHONY: soak
+soak: $(VENV)/complete ## Serve clients of all sorts for MINUTES= (10), and see that no process grows.
+	@source tests/cluster/use.sh; \
+	$(PYTHON) -m tests.e2e.soak $(if $(MINUTES),--minutes $(MINUTES))
+
 .PHONY: test-gpu
 test-gpu: $(VENV)/complete ## Run the stage loop on CUDA and NCCL; says so where there is no device.
 	$(PYTHON) -m pytest -s tests/gpu

@@ -2,15 +2,17 @@
 
 import json
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.e2e import kit
+
+Result = TypeVar("Result")
 
 TOKEN = "let-me-in"
 FRONT = "pipelinejob.dev/front"
@@ -159,20 +161,33 @@ class Clients:
         """Ask all at once; ``retries`` are the official client's, ``tries`` those of streams that broke."""
         job = {"url": f"http://{service}:8000/v1", "key": key, "retries": retries, "tries": tries}
         job["requests"] = [{"model": "served", **request} for request in requests]  # type: ignore[assignment]
-        said = kit.kubectl(
-            *("exec", "-i", "-n", self.namespace.name, self.pod, "--", "env", "PYTHONPATH=/tmp"),
-            *("python3", "-c", ASK),
-            stdin=json.dumps(job),
-        )
-        answers: list[dict[str, Any]] = json.loads(said)
+        answers: list[dict[str, Any]] = json.loads(self._run(ASK, job))
         return answers
 
     def begin(self, service: str, requests: Sequence[dict[str, Any]], **how: Any) -> Future[list[dict[str, Any]]]:
         """Ask in another thread, while the test does something."""
-        pool = ThreadPoolExecutor(1)
-        future = pool.submit(lambda: self.ask(service, requests, **how))
-        pool.shutdown(wait=False)
-        return future
+        return _in_thread(lambda: self.ask(service, requests, **how))
+
+    def run(self, program: str, job: dict[str, Any]) -> Future[str]:
+        """Run a program of one's own with the client's library in another thread; what it prints is the result.
+
+        It reads ``job`` and the token, as ``key``, from its standard input as JSON.
+        """
+        return _in_thread(lambda: self._run(program, {**job, "key": TOKEN}))
+
+    def _run(self, program: str, job: dict[str, Any]) -> str:
+        return kit.kubectl(
+            *("exec", "-i", "-n", self.namespace.name, self.pod, "--", "env", "PYTHONPATH=/tmp"),
+            *("python3", "-c", program),
+            stdin=json.dumps(job),
+        )
+
+
+def _in_thread(work: Callable[[], Result]) -> Future[Result]:
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    return future
 
 
 def make_model(namespace: kit.Namespace, claim: str, lengths: Sequence[int], output: int) -> dict[str, str]:

@@ -254,4 +254,7 @@ def _released(d: Decision, group: GroupStatus) -> GroupStatus | None:
 
 
 def _group(d: Decision, shape: Shape, address: str, leavers: list[str]) -> GroupStatus:
+    """Return a group of this shape. Who leaves gives what it holds, which is nothing where nobody trains."""
+    if d.job.spec.mode != "Train":
+        leavers = []
     return GroupStatus(stages=shape.stages, pipelines=shape.pipelines, master_address=address, leavers=leavers)

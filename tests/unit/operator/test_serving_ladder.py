@@ -6,7 +6,7 @@ from pipelinejob_operator.build.place import Shape
 from pipelinejob_operator.controller.observed import Fronts
 from pipelinejob_operator.policy import source
 from tests.unit.operator.builders import seconds, told
-from tests.unit.operator.test_ladder import World, created, pod
+from tests.unit.operator.test_ladder import World, created, deleted, pod
 from tests.unit.operator.test_serving import FROM_JOB, served, with_source
 
 TWO = Shape(2)
@@ -30,6 +30,18 @@ def test_a_lost_stage_alone_gets_a_new_pod() -> None:
     world.now += seconds(2)
     world.look(fronts=READY)
     assert created(world.take()) == ["tiny-s1-a0-r1"]
+
+
+def test_who_leaves_has_nothing_to_give_and_goes_at_once() -> None:
+    world = running()
+    world.job = served(world.job.status, recovery={"strategy": "Ladder"}, stages=1)
+    made = world.look(fronts=READY)
+    assert made.status.group is not None
+    assert (made.status.group.stages, made.status.group.leavers) == (1, [])
+    made = world.look(fronts=READY)
+    assert deleted(made.actions) == ["tiny-s1-a0"]
+    member = world.memberships()["tiny-s0-a0"]
+    assert (member.world_size, member.leavers) == (1, 0), "it waits for nobody"
 
 
 def test_what_protects_steps_is_nothing_to_a_job_that_makes_none() -> None:

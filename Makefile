@@ -69,10 +69,10 @@ test-integration: $(VENV)/complete ## Run the tests that need only etcd and an A
 test-e2e: $(VENV)/complete ## Run real jobs on the cluster in KUBECONFIG, or on one started here and taken down again.
 	@if [ -z "$${KUBECONFIG:-}" ]; then $(CLUSTER) selfcheck; trap '$(CLUSTER) down' EXIT; fi; \
 	source tests/cluster/use.sh; \
-	$(call pytest,tests/e2e --ignore tests/e2e/chaos)
+	$(call pytest,tests/e2e)
 
 .PHONY: test-chaos
-test-chaos: $(VENV)/complete ## Let every fault strike once, at a moment that changes from day to day; not part of `make test` yet.
+test-chaos: $(VENV)/complete ## Of test-e2e: let every fault strike once, at a moment that changes from day to day.
 	@source tests/cluster/use.sh; \
 	$(PYTHON) -m pytest -s tests/e2e/chaos
 

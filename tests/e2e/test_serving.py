@@ -168,6 +168,7 @@ def test_stages_are_added_and_taken_while_clients_are_answered(
         got = begun.result()
         check(asked, got, answers)
         assert {answer["lost"] for answer in got} == {0}
+        kit.wait_for("no other stage is left", lambda count=count: len(stages(served)) == count, 60, served.describe)
 
 
 def test_suspended_it_has_no_pods_and_resumed_it_answers(

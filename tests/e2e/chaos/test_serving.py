@@ -81,6 +81,7 @@ def test_every_accepted_request_is_answered_whatever_dies(namespace: kit.Namespa
 
     def serving(count: int) -> None:
         kit.wait_for(f"{count} stages serve", lambda: run.status["readyStages"] == count, 240, run.describe)
+        kit.wait_for("no other stage is left", lambda: len(stages(run)) == count, 120, run.describe)
 
     answered_through(kill_stage)
     answered_through(kill_operator)

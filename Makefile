@@ -61,7 +61,7 @@ test-weights: $(VENV)/complete ## Cut a decoder with real weights, which the fir
 	$(call pytest,tests/weights)
 
 .PHONY: test-integration
-test-integration: $(VENV)/complete ## Run the tests that need only etcd and an API server, which they start.
+test-integration: $(VENV)/complete ## Run the tests that need only etcd, an API server, kube-scheduler and kwok, which they start.
 	$(CLUSTER) binaries
 	$(call pytest,tests/integration)
 

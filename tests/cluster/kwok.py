@@ -3,6 +3,9 @@
 They carry a taint, so only pods that tolerate ``kwok.x-k8s.io/node`` come to them.
 """
 
+from collections.abc import Collection
+from pathlib import Path
+
 from tests.cluster import binaries, gpus, settings
 from tests.cluster.api import MERGE_PATCH, Api
 from tests.cluster.control_plane import LOOPBACK, ControlPlane, answers
@@ -19,17 +22,26 @@ def name_of(index: int) -> str:
     return f"simulated-{index}"
 
 
-def program(plane: ControlPlane) -> Program:
-    """Return kwok, which plays the kubelets of the nodes that carry its mark."""
-    address, built = f"{LOOPBACK}:{settings.KWOK_PORT}", binaries.ensure_kwok()
-    argv = (
+def program(
+    plane: ControlPlane,
+    *,
+    port: int = settings.KWOK_PORT,
+    pod_network: str = settings.SIMULATED_POD_NETWORK,
+    further: Collection[Path] = (),
+) -> Program:
+    """Return kwok, which plays the kubelets of the nodes that carry its mark.
+
+    ``further`` are files with more of what it does to pods; its health is served on ``port``.
+    """
+    address, built = f"{LOOPBACK}:{port}", binaries.ensure_kwok()
+    argv: tuple[str | Path, ...] = (
         built / "kwok",
-        f"--config={built}/stages.yaml",
+        *(f"--config={file}" for file in (built / "stages.yaml", *further)),
         f"--kubeconfig={plane.kubeconfig}",
         "--manage-all-nodes=false",
         f"--manage-nodes-with-annotation-selector={MARK}=fake",
         "--node-lease-duration-seconds=40",
-        f"--cidr={settings.SIMULATED_POD_NETWORK}",
+        f"--cidr={pod_network}",
         f"--server-address={address}",
     )
     return Program(plane.home, "kwok", argv, lambda: answers(f"http://{address}/healthz"))

@@ -7,6 +7,7 @@ needs.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from pipelinejob_operator.build import environment, security, wiring
@@ -32,6 +33,7 @@ from pipelinejob_operator.placement.affinity import (
     avoid,
     elsewhere,
     near_neighbours,
+    near_stages,
     together,
 )
 from pipelinejob_operator.policy.avoidance import avoided
@@ -88,7 +90,7 @@ def stage_pod(
 
 
 def spare_pod(job: Job, index: int, number: int, installation: Installation, *, share_host: bool) -> dict[str, Any]:
-    """Build a spare pod, which can take over any stage; where it can it stands on a node without one."""
+    """Build a spare pod, which can take over any stage; where it can it stands near them, on a node without one."""
     labels = spare_labels(job.name, job.uid, index, job.status.attempt)
     pod = _pod(job, spare_name(job.name, index, number), labels, installation, environment.spare(job, index))
     if share_host:
@@ -97,6 +99,7 @@ def spare_pod(job: Job, index: int, number: int, installation: Installation, *, 
         rules = pod["spec"].setdefault("affinity", {}).setdefault("podAntiAffinity", {})
         key = "preferredDuringSchedulingIgnoredDuringExecution"
         rules[key] = [*rules.get(key, []), elsewhere(labels)]
+        _attract(pod["spec"], near_stages(labels, job.shape.size, _levels(job, installation)), [])
     return pod
 
 
@@ -206,8 +209,7 @@ def _place(
     delegate: Delegate | None,
 ) -> None:
     """Add the terms of a stage's placement."""
-    levels = job.spec.placement.topology_levels or installation.topology_levels or FALLBACK_LEVELS
-    preferred, required = near_neighbours(labels, job.spec.stages, levels), []
+    preferred, required = near_neighbours(labels, job.spec.stages, _levels(job, installation)), []
     if share_host:
         required.append(together(labels, HOST_LEVEL))
     if delegate is KUEUE_QUEUE:
@@ -215,6 +217,11 @@ def _place(
     elif delegate and job.spec.placement.required_level:
         required.append(together(labels, job.spec.placement.required_level))
     _attract(spec, preferred, required)
+
+
+def _levels(job: Job, installation: Installation) -> Sequence[str]:
+    """The levels of the topology, as far as they are known without a look at the nodes."""
+    return job.spec.placement.topology_levels or installation.topology_levels or FALLBACK_LEVELS
 
 
 def _attract(spec: dict[str, Any], preferred: list[dict[str, Any]], required: list[dict[str, Any]]) -> None:

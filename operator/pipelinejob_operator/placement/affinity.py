@@ -49,11 +49,29 @@ def together(labels: Mapping[str, str], level: str) -> dict[str, Any]:
 
 def elsewhere(labels: Mapping[str, str]) -> dict[str, Any]:
     """Preferred anti-affinity term that keeps a spare off the nodes of its job's stages, so that both do not die."""
-    selector = {
+    return {"weight": HEAVIEST, "podAffinityTerm": {"topologyKey": HOST_LEVEL, "labelSelector": _stages(labels)}}
+
+
+def near_stages(labels: Mapping[str, str], size: int, levels: Sequence[str]) -> list[dict[str, Any]]:
+    """Preferred terms that draw a spare to where most of its job's ``size`` stages are, whichever it will replace.
+
+    A node counts a term once for each stage in its domain, so all of them together weigh less than ``elsewhere`` does
+    once, as long as there are fewer than 100.
+    """
+    domains = [level for level in levels if level != HOST_LEVEL]
+    weight = max(1, HEAVIEST // (size * len(domains) + 1))
+    return [
+        {"weight": weight, "podAffinityTerm": {"topologyKey": level, "labelSelector": _stages(labels)}}
+        for level in domains
+    ]
+
+
+def _stages(labels: Mapping[str, str]) -> dict[str, Any]:
+    """Select the stages of the job of a spare with these labels."""
+    return {
         "matchLabels": {JOB_UID_LABEL: labels[JOB_UID_LABEL]},
         "matchExpressions": [{"key": STAGE_LABEL, "operator": "Exists"}],
     }
-    return {"weight": HEAVIEST, "podAffinityTerm": {"topologyKey": HOST_LEVEL, "labelSelector": selector}}
 
 
 def avoid(spec: dict[str, Any], nodes: Sequence[str]) -> None:

@@ -187,3 +187,20 @@ async def all_succeed(api: Api, namespace: str, names: set[str]) -> tuple[list[s
 
     await eventually(look, lambda ended: set(ended) == names, seconds=180)
     return ended, busiest
+
+
+async def test_a_spare_stands_in_the_rack_of_the_stages_on_a_node_of_its_own(
+    api: Api, namespace: str, operator: Callable[..., Operator]
+) -> None:
+    few = Nodes(api, namespace)
+    try:
+        for number in range(5 * PER_RACK):
+            await few.add(f"n{number}", 1, f"r{number // PER_RACK}")
+        with running(operator(everywhere=True)):
+            manifest = chain(namespace, "tiny", PER_RACK - 1)
+            manifest["spec"]["recovery"] = {"strategy": "Ladder", "spares": 1}
+            await api.create(JOBS, manifest)
+            pods = await eventually(lambda: api.pods(namespace), lambda pods: all_on_nodes(pods, PER_RACK))
+            assert len(set(racks(few, pods))) == 1, "stages and spare"
+    finally:
+        await few.clear()

@@ -63,6 +63,7 @@ test-weights: $(VENV)/complete ## Cut a decoder with real weights, which the fir
 .PHONY: test-integration
 test-integration: $(VENV)/complete ## Run the tests that need only etcd, an API server, kube-scheduler and kwok, which they start.
 	$(CLUSTER) binaries
+	python3 -c "from tests.cluster import binaries; binaries.ensure_kwok()"
 	$(call pytest,tests/integration)
 
 .PHONY: test-e2e

@@ -118,6 +118,28 @@ def secured(name: str) -> Iterator[kit.Namespace]:
         yield made
 
 
+def two_stages(**limits: int) -> kit.Object:
+    """A job of two stages behind two fronts that serves ``make_model``'s, with a token, in deterministic arithmetic."""
+    mount = {"name": "models", "mountPath": "/models", "readOnly": True}
+    return {
+        "mode": "Serve",
+        "stages": 2,
+        "model": {"huggingFace": {"path": "/models/model", "context": 512}},
+        "serve": {
+            "deterministic": True,
+            "keyValueCacheMiB": 16,
+            "bearerTokenSecretName": "token",
+            "limits": limits,
+        },
+        "template": {
+            "spec": {
+                "containers": [{"name": "worker", "volumeMounts": [mount]}],
+                "volumes": [{"name": "models", "persistentVolumeClaim": {"claimName": "models"}}],
+            }
+        },
+    }
+
+
 def stages(run: kit.Job) -> list[kit.Object]:
     """The pods of a job's stages."""
     return run.namespace.list("pods", f"pipelinejob.dev/job={run.name},!{FRONT}")

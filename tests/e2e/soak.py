@@ -9,43 +9,25 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster import cgroups, faults
 from tests.e2e import kit
 from tests.e2e.conftest import install_anew
-from tests.e2e.serving import FRONT, Clients, make_model, secured, stages
+from tests.e2e.serving import FRONT, Clients, make_model, secured, stages, two_stages
 
 LENGTHS, OUTPUT = [3, 17, 40, 64, 90, 121, 5, 33], 64
 LOOK_SECONDS = 2.0
-
-SPEC = {
-    "mode": "Serve",
-    "stages": 2,
-    "model": {"huggingFace": {"path": "/models/model", "context": 512}},
-    "serve": {
-        "deterministic": True,
-        "keyValueCacheMiB": 16,
-        "bearerTokenSecretName": "token",
-        "limits": {"requests": 48},
-    },
-    "template": {
-        "spec": {
-            "containers": [{"name": "worker", "volumeMounts": [{"name": "models", "mountPath": "/models"}]}],
-            "volumes": [{"name": "models", "persistentVolumeClaim": {"claimName": "models"}}],
-        }
-    },
-}
 
 GROWTH, GROWTH_MEBIBYTES, GROWTH_HANDLES = 0.05, 8.0, 8
 """What the last third may have more than the second: a share of the memory, or so much; open files and threads."""
 
 CLIENTS = """
 import asyncio, collections, json, random, sys, time
-from openai import APIError, AsyncOpenAI, BadRequestError, NotFoundError, RateLimitError
+from openai import AsyncOpenAI, BadRequestError, NotFoundError, RateLimitError
 job = json.load(sys.stdin)
 answers, output, end = job["answers"], job["output"], time.monotonic() + job["seconds"]
 drawn, told = random.Random(job["seed"]), collections.Counter()
@@ -56,19 +38,12 @@ def request(prompt, **others):
 
 async def read():
     prompt, text = drawn.choice(list(answers)), ""
-    try:
-        async for chunk in await client.completions.create(**request(prompt, stream=True)):
-            text += chunk.choices[0].text
-    except RateLimitError:
-        told["refused as overload"] += 1
-        return await asyncio.sleep(0.2)
+    async for chunk in await client.completions.create(**request(prompt, stream=True)):
+        text += chunk.choices[0].text
     told["answered" if text == answers[prompt] else "WRONG"] += 1
 
 async def hang_up():
-    try:
-        stream = await client.completions.create(**request(drawn.choice(list(answers)), stream=True))
-    except RateLimitError:
-        return
+    stream = await client.completions.create(**request(drawn.choice(list(answers)), stream=True))
     await anext(stream.__aiter__())
     await stream.close()
     told["hung up"] += 1
@@ -108,14 +83,21 @@ async def another_model():
 
 SORTS = {read: 80, hang_up: 8, never_read: 3, no_json: 3, too_much: 3, another_model: 3}
 
+async def one(sort):
+    try:
+        await sort()
+    except RateLimitError:
+        told["refused as overload"] += 1
+        await asyncio.sleep(0.2)
+
 async def come_and_go():
     while time.monotonic() < end:
         (sort,) = drawn.choices(list(SORTS), SORTS.values())
-        await sort()
+        await one(sort)
 
 async def crowd():
     while time.monotonic() < end:
-        await asyncio.gather(*(read() for _ in range(200)))
+        await asyncio.gather(*(one(read) for _ in range(200)))
         await asyncio.sleep(20)
 
 async def main():
@@ -173,7 +155,7 @@ def soak(minutes: float, seed: int) -> bool:
     """Serve for so long; return whether all answers were right, and no process has grown."""
     with secured("soak") as namespace:
         answers = make_model(namespace, "models", LENGTHS, OUTPUT)
-        run = kit.Job(namespace, "served", SPEC).create()
+        run = kit.Job(namespace, "served", two_stages(requests=48)).create()
         run.wait("Available")
         clients = Clients.start(namespace)
         job = {"answers": answers, "output": OUTPUT, "seconds": 60 * minutes, "seed": seed, "host": "served-front"}
@@ -183,7 +165,7 @@ def soak(minutes: float, seed: int) -> bool:
         while not begun.done():
             for name, pid in watched.items():
                 looks[name].append(Look.at(pid))
-            time.sleep(LOOK_SECONDS)
+            wait([begun], LOOK_SECONDS)
         told: Mapping[str, int] = json.loads(begun.result())
         assert dict(processes(run)) == watched, "a process has ended"
         run.delete()

@@ -7,7 +7,7 @@ import pytest
 
 from tests.e2e import kit
 from tests.e2e.conftest import TEXT
-from tests.e2e.serving import FRONT, Clients, continued, make_model, secured, stages, wait_until_busy
+from tests.e2e.serving import FRONT, Clients, continued, make_model, secured, stages, two_stages, wait_until_busy
 
 LENGTHS = [3, 17, 40, 64, 90, 121, 5, 33]
 OUTPUT = 160
@@ -32,32 +32,9 @@ def clients(namespace: kit.Namespace) -> Clients:
     return Clients.start(namespace)
 
 
-def template() -> kit.Object:
-    mount = {"name": "models", "mountPath": "/models", "readOnly": True}
-    return {
-        "spec": {
-            "containers": [{"name": "worker", "volumeMounts": [mount]}],
-            "volumes": [{"name": "models", "persistentVolumeClaim": {"claimName": "models"}}],
-        }
-    }
-
-
 @pytest.fixture(scope="module")
 def served(namespace: kit.Namespace, answers: dict[str, str]) -> kit.Job:
-    """Two stages behind two fronts, with a token, in deterministic arithmetic."""
-    spec = {
-        "mode": "Serve",
-        "stages": 2,
-        "model": {"huggingFace": {"path": "/models/model", "context": 512}},
-        "serve": {
-            "deterministic": True,
-            "keyValueCacheMiB": 16,
-            "bearerTokenSecretName": "token",
-            "limits": {"requests": 64, "recoverySeconds": 300},
-        },
-        "template": template(),
-    }
-    run = kit.Job(namespace, "served", spec).create()
+    run = kit.Job(namespace, "served", two_stages(requests=64, recoverySeconds=300)).create()
     run.wait("Available")
     return run
 

@@ -88,7 +88,7 @@ def measure_faults(strategy: str, spares: int) -> list[Json]:
                 continue
             (fault,) = (fault for fault in catalog.FAULTS if fault.name == name)
             result: Json = {"fault": told, "strategy": strategy}
-            runs = [_strike(scene, fault, spares) for _ in range(1 if (told, strategy) in UNANSWERED else repeats)]
+            runs = [_strike(scene, fault, spares) for _ in range(1 if (name, strategy) in UNANSWERED else repeats)]
             if seconds := [run.seconds for run in runs if run.seconds is not None]:
                 lost = statistics.median(run.steps_lost for run in runs)
                 result |= {"seconds": round(statistics.median(seconds), 2), "steps_lost": lost}
@@ -148,7 +148,7 @@ def measure_import() -> float:
     command = f"import time; at = time.perf_counter(); import {IMPORTED}; print(time.perf_counter() - at)"
     with training("import", "Ladder") as scene:
         pod, namespace = scene.pod(0).name, scene.job.namespace.name
-        runs = [float(kit.kubectl("exec", pod, "-n", namespace, "--", "python", "-c", command)) for _ in range(3)]
+        runs = [float(kit.kubectl("exec", pod, "-n", namespace, "--", "python3", "-c", command)) for _ in range(3)]
     print(f"import of {IMPORTED}: {statistics.median(runs):.2f} s, while the job trains", flush=True)
     return statistics.median(runs)
 

@@ -315,7 +315,7 @@ class System:
 
 
 _OWN_PIPELINE_NEEDS = "accelerate"
-"""The pipeline of transformers imports it; we do not depend on it, so it is compared with only where it is there."""
+"""The pipeline of transformers imports it; of ours only the development dependencies have it."""
 
 SYSTEMS = [
     System("ours, 1 stage", lambda directory, requests: ours(directory, requests, 1)),

@@ -92,7 +92,7 @@ class Ladder:
         """Take part until something ends the pod. Raises ConfigurationError, and OSError when the memory fails."""
         if self._keeper.memory.done:
             return Ending(ExitCode.SUCCEEDED, "Succeeded", "all steps were done before")
-        await self._keeper.start("", self._settings.pieces_port)
+        self._keeper.start("", self._settings.pieces_port)
         self._tasks.spawn("warm up", self._warm_up())
         self._tasks.spawn("memberships", self._follow(memberships))
         drained = asyncio.create_task(self._until_drained())
@@ -146,7 +146,7 @@ class Ladder:
             uid, world = self._settings.job_uid, membership.world_size
             self._coordinator = Coordinator(uid, membership.epoch, world, self._rank.listen)
             self._server = CoordinatorServer(self._coordinator)
-            await self._server.start("", self._settings.coordinator_port)
+            self._server.start("", self._settings.coordinator_port)
             host = "localhost"
         member = self._member = Member(self._rank, Address(host, self._settings.coordinator_port))
         self._rank.become(membership, member)

@@ -1,6 +1,7 @@
 """The agents' connections to the coordinator: members, the server on rank 0, and beats both ways."""
 
 import asyncio
+import socket
 import time
 from typing import Protocol
 
@@ -32,7 +33,7 @@ from pipelinejob_worker.recovery.messages import (
     to_line,
 )
 from pipelinejob_worker.recovery.pieces import Incarnation
-from pipelinejob_worker.recovery.transport import Address
+from pipelinejob_worker.recovery.transport import Acceptor, Address
 
 log = structlog.get_logger()
 
@@ -136,29 +137,20 @@ class CoordinatorServer:
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
         self._channels: dict[int, Channel] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
+        self._acceptor = Acceptor(self._serve)
 
-    async def start(self, host: str, port: int = 0) -> int:
+    def start(self, host: str, port: int = 0) -> int:
         """Listen; return the port. Raises OSError."""
-        self._server = await asyncio.start_server(self._accept, host, port, limit=LINE_LIMIT_BYTES)
-        bound: int = self._server.sockets[0].getsockname()[1]
-        return bound
+        return self._acceptor.start(host, port)
 
     async def stop(self) -> None:
         """End all connections; the members will ask the next coordinator."""
-        if self._server:
-            self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._acceptor.stop()
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.create_task(self._serve(Channel(reader, writer, TO_COORDINATOR)))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _serve(self, channel: Channel) -> None:
+    async def _serve(self, accepted: socket.socket) -> None:
+        connection = socket.socket(fileno=accepted.detach())  # the transport's to close
+        reader, writer = await asyncio.open_connection(sock=connection, limit=LINE_LIMIT_BYTES)
+        channel = Channel(reader, writer, TO_COORDINATOR)
         rank: int | None = None
         try:
             while message := await channel.receive():

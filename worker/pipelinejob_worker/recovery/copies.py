@@ -13,7 +13,6 @@ import structlog
 from pydantic import ValidationError
 
 from pipelinejob_worker.recovery.agreement import Fetch
-from pipelinejob_worker.recovery.piece_server import cancel
 from pipelinejob_worker.recovery.pieces import Held, Incarnation
 from pipelinejob_worker.recovery.requests import (
     Answer,
@@ -33,6 +32,7 @@ from pipelinejob_worker.recovery.transport import (
     Pacer,
     Traffic,
     TransferError,
+    cancel,
     connect,
 )
 

@@ -87,9 +87,9 @@ class Keeper:
         """Payload of pieces that this rank has taken over from others."""
         return self._client.traffic.received
 
-    async def start(self, host: str, port: int = 0) -> int:
+    def start(self, host: str, port: int = 0) -> int:
         """Serve pieces; return the port. Raises OSError."""
-        return await self._server.start(host, port)
+        return self._server.start(host, port)
 
     async def stop(self) -> None:
         """End all transfers."""

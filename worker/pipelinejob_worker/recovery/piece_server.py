@@ -6,7 +6,7 @@ Payloads go straight between the sockets and the slots' memory.
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import structlog
@@ -27,10 +27,11 @@ from pipelinejob_worker.recovery.requests import (
 from pipelinejob_worker.recovery.slots import SlotDamagedError, SlotMissingError, SlotStore
 from pipelinejob_worker.recovery.transport import (
     STALL_SECONDS,
+    Acceptor,
     Connection,
     Traffic,
     TransferError,
-    listen,
+    cancel,
 )
 
 log = structlog.get_logger()
@@ -49,21 +50,23 @@ class PieceServer:
         self._stored = stored
         self._incarnation = NEVER
         self._advanced = asyncio.Condition()
-        self._tasks: dict[asyncio.Task[None], Incarnation | None] = {}
-        """Connections, with the incarnation that they have been accepted for."""
+        self._served: dict[asyncio.Task[None], Incarnation] = {}
+        """Connections, by the incarnation that they have been accepted for."""
         self._writers: dict[Piece, asyncio.Task[None]] = {}
         self.reserved: set[Piece] = set()
         """Pieces whose copies are kept in the present incarnation."""
 
-        self._listener: socket.socket | None = None
+        self._acceptor = Acceptor(self._serve)
         self.traffic = Traffic()
 
-    async def start(self, host: str, port: int = 0) -> int:
-        """Listen; return the port."""
-        self._listener = listen(host, port)
-        asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener)
-        bound: int = self._listener.getsockname()[1]
-        return bound
+    @property
+    def connections(self) -> int:
+        """How many are served."""
+        return self._acceptor.connections
+
+    def start(self, host: str, port: int = 0) -> int:
+        """Listen; return the port. Raises OSError."""
+        return self._acceptor.start(host, port)
 
     async def advance(self, incarnation: Incarnation) -> None:
         """Serve this incarnation from now on; transfers of older ones are cut off when this returns."""
@@ -72,26 +75,15 @@ class PieceServer:
                 self._incarnation = incarnation
                 self.reserved.clear()
             self._advanced.notify_all()
-        await cancel([task for task, served in self._tasks.items() if served and served < self._incarnation])
+        await cancel(task for task, served in self._served.items() if served < self._incarnation)
 
     async def stop(self) -> None:
         """Stop listening, and cut off all transfers."""
-        if self._listener:
-            asyncio.get_running_loop().remove_reader(self._listener)
-            self._listener.close()
-        await cancel(list(self._tasks))
+        await self._acceptor.stop()
 
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            connection, _ = listener.accept()
-        except OSError as error:  # no descriptor left, or the client has gone meanwhile: the loop calls again
-            log.warning("connection not accepted", error=str(error))
-            return
-        task = asyncio.create_task(self._serve(Connection(connection, self.traffic)))
-        self._tasks[task] = None
-        task.add_done_callback(self._tasks.pop)
-
-    async def _serve(self, connection: Connection) -> None:
+    async def _serve(self, accepted: socket.socket) -> None:
+        connection, task = Connection(accepted, self.traffic), asyncio.current_task()
+        assert task
         try:
             if not (data := await connection.receive()):
                 return
@@ -100,16 +92,14 @@ class PieceServer:
                 log.warning("transfer refused", rank=greeting.rank, reason=refusal)
                 await connection.send(Answer(result="refused", reason=refusal))
                 return
-            task = asyncio.current_task()
-            assert task
-            self._tasks[task] = greeting.incarnation
+            self._served[task] = greeting.incarnation
             await connection.send(Answer(result="done"))
             while data := await connection.receive(idle=True):
                 await self._answer(connection, REQUEST.validate_json(data))
         except (OSError, TimeoutError, TransferError, ValidationError) as error:
             log.warning("transfer cut off", error=str(error) or type(error).__name__)
         finally:
-            connection.close()
+            self._served.pop(task, None)
 
     async def _refusal(self, greeting: Greeting) -> str:
         """Why not to serve; a client that has heard of a new incarnation first is let wait for it."""
@@ -178,11 +168,3 @@ class PieceServer:
         payload, checksum = self._store.read(held.piece, held.step, copied=held.copied, verify=False)
         await connection.send(Answer(result="found", size=len(payload), checksum=checksum))
         await connection.send_payload(payload)
-
-
-async def cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """End tasks, and wait until they have ended."""
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)

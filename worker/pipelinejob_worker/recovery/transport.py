@@ -7,10 +7,15 @@ import asyncio
 import socket
 import time
 import zlib
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import structlog
+
 from pipelinejob_worker.protocol.base import Wire
+
+log = structlog.get_logger()
 
 FRAME_LIMIT_BYTES = 1 << 22
 CHUNK_BYTES = 1 << 20
@@ -144,6 +149,61 @@ def listen(host: str = "", port: int = 0) -> socket.socket:
         listener = socket.create_server((host, port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True)
     listener.setblocking(False)
     return listener
+
+
+class Acceptor:
+    """Listens, and serves each connection in a task of its own, which it also ends.
+
+    Why not asyncio's server: a connection that comes while that one is closed may be kept open and unserved
+    (python/cpython#109564), and a peer would wait at it.
+    """
+
+    def __init__(self, serve: Callable[[socket.socket], Coroutine[None, None, None]]) -> None:
+        """A connection that ``serve`` has not detached is closed after it."""
+        self._serve = serve
+        self._listener: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def connections(self) -> int:
+        """How many are served."""
+        return len(self._tasks)
+
+    def start(self, host: str, port: int) -> int:
+        """Listen; return the port. Raises OSError."""
+        self._listener = listen(host, port)
+        asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener)
+        bound: int = self._listener.getsockname()[1]
+        return bound
+
+    async def stop(self) -> None:
+        """Stop listening, and end all connections."""
+        listener, self._listener = self._listener, None
+        if listener:
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
+        await cancel(self._tasks)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            connection, _ = listener.accept()
+        except OSError as error:  # no descriptor left, or the client has gone meanwhile: the loop calls again
+            log.warning("connection not accepted", error=str(error))
+            return
+        task = asyncio.create_task(self._serve(connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        # Here, as a task that is cancelled before its first turn runs no line of its own.
+        task.add_done_callback(lambda _: connection.close())
+
+
+async def cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """End tasks, and wait until they have ended."""
+    ended = list(tasks)
+    for task in ended:
+        task.cancel()
+    if ended:
+        await asyncio.wait(ended)
 
 
 async def connect(address: Address) -> socket.socket:

@@ -142,11 +142,11 @@ class Agent:
         self.world_size = len(self.job.layers_of)
         self.leaving = self.job.leaving
         if not self.address.port:
-            self.address = Address(HOST, await self.keeper.start(HOST))
+            self.address = Address(HOST, self.keeper.start(HOST))
         if self.rank == 0:
             coordinator = Coordinator("uid-1", epoch, self.world_size, lambda _: 29500)
             self._server = CoordinatorServer(coordinator)
-            self.job.coordinator = Address(HOST, await self._server.start(HOST, self.job.coordinator.port))
+            self.job.coordinator = Address(HOST, self._server.start(HOST, self.job.coordinator.port))
         self.relay = Relay(self.rank, self.job.coordinator, self.job.note_message)
         self.member = Member(self, await self.relay.start())
         self._tasks = [asyncio.create_task(self.member.run())]

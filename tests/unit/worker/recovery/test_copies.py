@@ -54,7 +54,7 @@ async def start(memory: Path) -> AsyncIterator[Start]:
         filled(directory, *pieces).close()
         mine = store_in(directory, **store)
         server = PieceServer(mine, "uid-1")
-        address = Address("127.0.0.1", await server.start("127.0.0.1"))
+        address = Address("127.0.0.1", server.start("127.0.0.1"))
         await server.advance(incarnation)
         agents.append(Agent(mine, server, PieceClient(mine, "uid-1", rank), address))
         return agents[-1]
@@ -147,7 +147,7 @@ async def test_an_older_incarnation_is_refused(start: Start) -> None:
 async def test_whoever_has_heard_of_a_new_incarnation_first_waits_for_the_other(start: Start) -> None:
     owner, new = await start(held(0, 1)), await start()
     fetching = asyncio.create_task(new.client.fetch({0: owner.address}, SECOND, [Fetch(held(0, 1), 0)]))
-    await until(lambda: bool(owner.server._tasks))
+    await until(lambda: bool(owner.server.connections))
     assert not fetching.done()
     await owner.server.advance(SECOND)
     await fetching
@@ -193,7 +193,7 @@ async def test_a_sender_killed_in_mid_transfer_leaves_the_step_before(start: Sta
         assert [each.step for each in guard.store.held()] == [1]
         sender.send_signal(signal.SIGKILL)
         await sender.wait()
-    await until(lambda: not guard.server._tasks)
+    await until(lambda: not guard.server.connections)
     assert guard.server.traffic.received < 2 * BIG
     assert guard.store.held() == [copy_of(before)]
     await owner.client.guard(guard.address, FIRST, [torn])
@@ -286,7 +286,7 @@ async def test_nonsense_ends_the_connection_and_nothing_else(start: Start, garba
     with suppress(ConnectionResetError):  # what the server has not read
         await reader.read()
     writer.close()
-    await until(lambda: not agent.server._tasks)
+    await until(lambda: not agent.server.connections)
     await other.client.fetch({0: agent.address}, FIRST, [Fetch(held(0, 1), 0)])
 
 

@@ -86,7 +86,7 @@ async def test_a_guard_that_cannot_be_reached_is_told_and_tried_again(
 ) -> None:
     monkeypatch.setattr(keeper_module, "RETRY_SECONDS", 0.01)
     owner, guard = start(0), start(1)
-    port = await guard.start("127.0.0.1")
+    port = guard.start("127.0.0.1")
     owner.store.reserve({held(0, 1).piece: 1000}, copied=False)
     await owner.apply(plan(NOWHERE, Address("127.0.0.1", port), step=None))
     write(owner.store, held(0, 1))
@@ -96,7 +96,7 @@ async def test_a_guard_that_cannot_be_reached_is_told_and_tried_again(
     assert owner.guard_problem.startswith(f"rank 1 does not keep the copy of step 1: 127.0.0.1:{port}: ")
     assert guarded[0] == []
     await guard.apply(plan(NOWHERE, NOWHERE, step=None))
-    await guard.start("127.0.0.1", port)
+    guard.start("127.0.0.1", port)
     await until(lambda: bool(guarded[0]))
     assert guarded[0] == [1]
     assert owner.guard_problem == ""
@@ -109,7 +109,7 @@ async def test_with_the_first_snapshot_above_the_plans_step_other_pieces_are_giv
     filled(memory / "0", held(0, 6), held(1, 6), held(2, 6, copied=True), held(3, 6, copied=True)).close()
     filled(memory / "1", held(3, 6)).close()
     keeper, other = start(0), start(1)
-    addresses = [Address("127.0.0.1", await each.start("127.0.0.1")) for each in (keeper, other)]
+    addresses = [Address("127.0.0.1", each.start("127.0.0.1")) for each in (keeper, other)]
     for each in (keeper, other):
         await each.apply(plan(*addresses, step=6, incarnation=Incarnation(1, 2)))
         each.protect(6)

@@ -85,10 +85,10 @@ class Agent:
         self._left = asyncio.Event()
 
     async def begin(self) -> None:
-        self._address = Address(HOST, await self.keeper.start(HOST))
+        self._address = Address(HOST, self.keeper.start(HOST))
         if self.rank == 0:
             self._server = CoordinatorServer(Coordinator("uid-1", 1, RANKS, self._listen))
-            self.job.coordinator = Address(HOST, await self._server.start(HOST, self.job.coordinator.port))
+            self.job.coordinator = Address(HOST, self._server.start(HOST, self.job.coordinator.port))
         self.member = Member(self, self.job.coordinator)
         self._tasks.append(asyncio.create_task(self.member.run()))
 

@@ -87,6 +87,13 @@ soak: $(VENV)/complete ## Serve clients of all sorts for MINUTES= (10), and see 
 	@source tests/cluster/use.sh; \
 	$(PYTHON) -m tests.e2e.soak $(if $(MINUTES),--minutes $(MINUTES))
 
+.PHONY: test-kueue
+test-kueue: $(VENV)/complete ## Queue jobs with the real Kueue, which the first run builds (8 min).
+	python3 -c "from tests.cluster import binaries; binaries.ensure_kueue()"
+	@if [ -z "$${KUBECONFIG:-}" ]; then trap '$(CLUSTER) down' EXIT; fi; \
+	source tests/cluster/use.sh; \
+	$(PYTHON) -m pytest tests/kueue
+
 .PHONY: test-gpu
 test-gpu: $(VENV)/complete ## Run the stage loop on CUDA and NCCL; says so where there is no device.
 	$(PYTHON) -m pytest -s tests/gpu

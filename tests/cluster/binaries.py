@@ -1,6 +1,7 @@
 """The programs of the cluster, built from the Go modules that ``tools/go.mod`` pins."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from tests.cluster import cache, commands, progress, settings
@@ -38,6 +39,10 @@ PAUSE = "./pause"
 KWOK = "sigs.k8s.io/kwok/cmd/kwok"
 KWOK_STAGES = ("node/fast", "node/heartbeat-with-lease", "pod/fast")
 """How simulated nodes and pods behave, from kwok's own collection."""
+
+KUEUE = "sigs.k8s.io/kueue/cmd/kueue"
+KUEUE_MANIFESTS = {"crds.yaml": "crd/bases/*.yaml", "webhooks.yaml": "webhook/manifests.yaml"}
+"""What Kueue wants in the API server, from its module's ``config/components``."""
 
 
 def go_build(module: Path, target: Path, flags: str, *packages: str, log: Path) -> None:
@@ -81,12 +86,20 @@ def ensure() -> Path:
     return cache.ensure("binaries", cache.digest(*inputs, recipe), _build)
 
 
+def _source(module: Path, program: str) -> Path:
+    """Return the directory of the Go module that a program of ``module`` comes from."""
+    name = program.rpartition("/cmd/")[0]
+    return Path(commands.run("go", "list", "-m", "-f", "{{.Dir}}", name, directory=module).strip())
+
+
+def _joined(files: Iterable[Path]) -> str:
+    return "\n---\n".join(file.read_text() for file in files)
+
+
 def _stages(module: Path) -> str:
-    source = Path(
-        commands.run("go", "list", "-m", "-f", "{{.Dir}}", KWOK.rpartition("/cmd/")[0], directory=module).strip()
-    )
-    files = [file for stage in KWOK_STAGES for file in sorted((source / "kustomize/stage" / stage).glob("*.yaml"))]
-    return "\n---\n".join(file.read_text() for file in files if file.name != "kustomization.yaml")
+    source = _source(module, KWOK) / "kustomize/stage"
+    files = [file for stage in KWOK_STAGES for file in sorted((source / stage).glob("*.yaml"))]
+    return _joined(file for file in files if file.name != "kustomization.yaml")
 
 
 def ensure_kwok() -> Path:
@@ -102,3 +115,20 @@ def ensure_kwok() -> Path:
 
     inputs = (module / "go.mod", module / "go.sum", STRIP, KWOK, *KWOK_STAGES)
     return cache.ensure("kwok", cache.digest(*inputs), build)
+
+
+def ensure_kueue() -> Path:
+    """Return the directory that holds kueue and its manifests, building it if need be."""
+    module = TOOLS / "kueue"
+
+    def build(target: Path) -> None:
+        log = settings.CACHE / "log" / "kueue.log"
+        log.unlink(missing_ok=True)
+        with progress.step("building Kueue", key="kueue", usual="about 8 min on 2 cores"):
+            go_build(module, target, STRIP, KUEUE, log=log)
+            for name, pattern in KUEUE_MANIFESTS.items():
+                files = sorted((_source(module, KUEUE) / "config/components").glob(pattern))
+                (target / name).write_text(_joined(files))
+
+    recipe = repr((STRIP, KUEUE, KUEUE_MANIFESTS))
+    return cache.ensure("kueue", cache.digest(module / "go.mod", module / "go.sum", recipe), build)

@@ -1,6 +1,7 @@
 """Gangs of kube-scheduler, for real: of two jobs for more than half of the cluster, one waits and holds nothing."""
 
 from collections.abc import Iterator
+from itertools import groupby
 
 import pytest
 
@@ -66,3 +67,21 @@ def test_where_the_gang_api_is_not_served_a_job_that_wants_it_says_so(namespace:
     message = run.wait("Placed", "False", "SchedulerMissing")["message"]
     assert "which the API server does not serve; switch on the feature gate GenericWorkload" in message
     assert run.pods() == []
+
+
+@pytest.mark.usefixtures("gangs")
+def test_a_suspended_gang_gives_its_place_and_takes_it_again_with_its_ranks_in_order(namespace: kit.Namespace) -> None:
+    more_than_half = gpus() // 2 + 2
+    first = job(namespace, "first", SLEEP, more_than_half)
+    first.wait("Placed")
+    second = job(namespace, "second", SLEEP, more_than_half)
+    second.wait("Placed", "False", "Unschedulable")
+    first.patch(suspend=True)
+    first.wait("Suspended")
+    second.wait("Placed")
+    first.patch(suspend=False)
+    first.wait("Placed", "False", "Unschedulable")
+    second.delete()
+    first.wait("Running")
+    hosts = [pod["spec"]["nodeName"] for pod in first.pods()]
+    assert len([host for host, _ in groupby(hosts)]) == len(set(hosts)), "a host has ranks that are no neighbours"

@@ -118,13 +118,13 @@ def decide(request: Request, ahead: Sequence[Request], known: Mapping[str, Outco
     cluster could hold has its nodes reserved.
     """
     nodes, outcomes, reserving = cluster.nodes, dict[str, Outcome](), ""
-    hopeless: dict[tuple[object, ...], Infeasible] = {}
+    unplaced: dict[tuple[object, ...], Infeasible] = {}
 
     def attempt(one: Request) -> Plan | Infeasible:
         """Plan, unless one like it has found nothing: what is free only shrinks from turn to turn."""
-        found = hopeless.get(one.kind) or solve(one, nodes)
+        found = unplaced.get(one.kind) or solve(one, nodes)
         if isinstance(found, Infeasible):
-            hopeless[one.kind] = found
+            unplaced[one.kind] = found
         return found
 
     for other in ahead:
@@ -132,7 +132,7 @@ def decide(request: Request, ahead: Sequence[Request], known: Mapping[str, Outco
         if isinstance(outcome.plan, Plan):
             nodes = less(nodes, other, outcome.plan.nodes)
         else:
-            hopeless[other.kind] = outcome.plan
+            unplaced[other.kind] = outcome.plan
             if not reserving:
                 outcome = _with_reservation(other, outcome, cluster)
             if outcome.reserved and not reserving:

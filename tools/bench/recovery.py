@@ -54,6 +54,8 @@ LONG_LAYER_SECONDS = LONG_STEP_SECONDS / (3 * (STAGES + 4 - 1))
 
 LONG_STEPS, STARTING_STEPS = 8, 2
 
+MOVED = '"event": "pieces are here"'
+
 UNANSWERED = {("worker stopped", "RecreateAll")}
 """What a strategy does not answer: whoever only looks at pods sees none that has ended."""
 
@@ -124,7 +126,7 @@ def _strike(scene: Scene, fault: catalog.Fault, spares: int) -> Run:
         try:
             finished = scene.watch.wait(
                 f"a step is finished after: {fault.name}",
-                lambda: verdict.first_step_after(scene.watch.sightings, before),
+                lambda before=before: verdict.first_step_after(scene.watch.sightings, before),
                 RECOVERY_SECONDS,
             )
         except kit.Timeout:
@@ -154,21 +156,43 @@ def measure_import() -> float:
 
 
 def measure_rescale(name: str, **model: int) -> list[Json]:
-    """Walk through numbers of stages; a pause is the time between two steps without that of a step."""
+    """Walk through numbers of stages; a pause is the time between two steps without that of a step.
+
+    In a pause layers move, and then they are loaded, and what the new split needs is allocated in the first step; the
+    rate is of the moving alone.
+    """
     results = []
     with training(name, "Ladder", **model) as scene:
         for stages in WALK:
             begun, before, owners = scene.stages, scene.incarnation(), scene.owners()
             scene.rescale(stages)
-            scene.wait_settled(START_SECONDS, beyond=scene.watch.last_step() + 1)
+            scene.watch.wait(
+                f"a step is finished by {stages} stages",
+                lambda before=before: verdict.first_step_after(scene.watch.sightings, before),
+                START_SECONDS,
+            )
+            scene.wait_settled(START_SECONDS)
             pause = _pause(scene, before) - scene.step_seconds()
             moved = sum(owner != owners[layer] for layer, owner in scene.owners().items())
             result = {"from": begun, "to": stages, "pause_seconds": round(pause, 2)}
             if model:
-                result |= {"megabytes_per_second": round(moved * LARGE_LAYER_BYTES / 1e6 / pause)}
+                moving = _moving_seconds(scene)
+                rate = round(moved * LARGE_LAYER_BYTES / 1e6 / moving)
+                result |= {"moving_seconds": moving, "megabytes_per_second": rate}
             print(f"{begun} to {stages} stages {name}: {pause:.2f} s, {moved} layers moved {result}", flush=True)
             results.append(result)
     return results
+
+
+def _moving_seconds(scene: Scene) -> float:
+    """How long the newest move of layers has taken the slowest agent, as the agents log it."""
+    told = []
+    for pod in scene.job.pods():
+        for line in kit.kubectl("logs", pod["metadata"]["name"], "-n", scene.job.namespace.name).splitlines():
+            if MOVED in line:
+                record = json.loads(line)
+                told.append((record["step"], record["seconds"]))
+    return float(max(told)[1])
 
 
 def _pause(scene: Scene, before: Incarnation) -> float:

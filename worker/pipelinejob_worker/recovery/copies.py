@@ -100,7 +100,9 @@ class PieceClient:
 
         Raises TransferError, or ConfigurationError when there is no room for them.
         """
-        self._store.check_room({fetch.held.piece: fetch.held.size for fetch in fetches}, copied=False, slots=1)
+        sizes = {fetch.held.piece: fetch.held.size for fetch in fetches}
+        # One slot is enough to recover; the worker has the other made while it computes.
+        await asyncio.to_thread(self._store.reserve, sizes, copied=False, slots=1)
         by_source: dict[int, list[Held]] = defaultdict(list)
         for fetch in fetches:
             by_source[fetch.source].append(fetch.held)
@@ -112,7 +114,6 @@ class PieceClient:
         await _all(transfers)
 
     async def _get(self, connection: Connection, held: Held) -> None:
-        await _in_thread(self._make_room, held)  # meanwhile another connection receives
         found = await self._request(connection, Get(held=held))
         if found.size != held.size:
             raise TransferError(f"piece {held.piece} has {found.size} bytes there, not {held.size}")
@@ -130,14 +131,9 @@ class PieceClient:
                 payload, checksum = self._store.read(held.piece, held.step, copied=True)
             except (SlotMissingError, SlotDamagedError) as error:
                 raise TransferError(str(error)) from error
-            self._make_room(held)
             writing = self._store.begin(held.model_copy(update={"copied": False}))
             writing.payload[:] = payload
             writing.commit(checksum)
-
-    def _make_room(self, held: Held) -> None:
-        """Have a slot for a piece: one is enough to recover, and the worker has the other made while it computes."""
-        self._store.reserve({held.piece: held.size}, copied=False, slots=1)
 
     async def _in_parallel(
         self, route: _Route, pieces: Sequence[Held], move: Callable[[Connection, Held], Awaitable[None]]

@@ -22,6 +22,7 @@ from tests.e2e.chaos import catalog, verdict
 from tests.e2e.chaos.scene import CLAIM, Scene, spec, watched
 from tests.e2e.chaos.watch import Incarnation
 from tests.e2e.conftest import TEXT, install_anew
+from tools.bench import moving
 
 STAGES = 4
 START_SECONDS = 240
@@ -126,7 +127,7 @@ def _strike(scene: Scene, fault: catalog.Fault, spares: int) -> Run:
         try:
             finished = scene.watch.wait(
                 f"a step is finished after: {fault.name}",
-                lambda before=before: verdict.first_step_after(scene.watch.sightings, before),
+                lambda: verdict.first_step_after(scene.watch.sightings, before),
                 RECOVERY_SECONDS,
             )
         except kit.Timeout:
@@ -166,13 +167,9 @@ def measure_rescale(name: str, **model: int) -> list[Json]:
         for stages in WALK:
             begun, before, owners = scene.stages, scene.incarnation(), scene.owners()
             scene.rescale(stages)
-            scene.watch.wait(
-                f"a step is finished by {stages} stages",
-                lambda before=before: verdict.first_step_after(scene.watch.sightings, before),
-                START_SECONDS,
-            )
-            scene.wait_settled(START_SECONDS)
-            pause = _pause(scene, before) - scene.step_seconds()
+            between = _pause(scene, before)
+            scene.wait_settled(START_SECONDS, beyond=scene.watch.last_step() + 1)
+            pause = between - scene.step_seconds()
             moved = sum(owner != owners[layer] for layer, owner in scene.owners().items())
             result = {"from": begun, "to": stages, "pause_seconds": round(pause, 2)}
             if model:
@@ -196,10 +193,23 @@ def _moving_seconds(scene: Scene) -> float:
 
 
 def _pause(scene: Scene, before: Incarnation) -> float:
+    """Seconds from the last step before a change to the first one after it, for which this waits."""
     sightings = scene.watch.sightings
-    finished = verdict.first_step_after(sightings, before)
+    finished = scene.watch.wait(
+        "a step is finished by the new stages", lambda: verdict.first_step_after(sightings, before), START_SECONDS
+    )
     assert finished is not None
     return finished - max(verdict.step_times(seen for seen in sightings if seen.incarnation <= before).values())
+
+
+def measure_moving() -> Json:
+    """Megabytes a second that one and two receivers get with nothing beside them: at most this is a rescale's rate.
+
+    In a job the workers build their new layers at the same time, and here on the same cores.
+    """
+    rates = {str(count): round(moving.measure(count, LARGE_LAYER_BYTES) / 1e6) for count in (1, 2)}
+    print(f"layers moved with nothing beside it, by receivers: {rates} MB/s", flush=True)
+    return rates
 
 
 def measure_overhead() -> float:
@@ -229,7 +239,8 @@ def main() -> None:
     ]
     rescale = [*measure_rescale("tiny"), *measure_rescale("large", **LARGE)]
     told = {"faults": faults, "rescale": rescale, "snapshot_overhead": round(measure_overhead(), 4)}
-    print(json.dumps({**told, "import_seconds": round(import_seconds, 2)}))
+    bounds = {"import_seconds": round(import_seconds, 2), "moving_alone": measure_moving()}
+    print(json.dumps({**told, **bounds}))
 
 
 if __name__ == "__main__":

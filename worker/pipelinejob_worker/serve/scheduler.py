@@ -10,13 +10,15 @@ Nothing here reads a clock or does I/O, and equal calls give equal batches.
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import Literal
 
 from pipelinejob_worker.serve.batch import BLOCK, Batch, Drawn, Piece, blocks_for
 from pipelinejob_worker.serve.wire import Sampling
 
-CHUNK_FLOOR = 32
-"""A smaller chunk of a prompt costs more in calls than it gains by balance."""
+CALL_TOKENS = 32
+"""A stage's call costs as much beside its tokens as so many tokens do: it reads the weights. No chunk of a prompt is
+smaller."""
 
 Key = tuple[int, str]
 """Of a request: the connection that it came over, and its name there."""
@@ -318,12 +320,22 @@ class Scheduler:
             if self._grow(running):
                 taken += 1
                 yield running, 1
-        room = min(budget, max(self._share(load), CHUNK_FLOOR)) - taken
+        room = min(budget - taken, max(self._chunk(load) - taken, CALL_TOKENS))  # however many generate
         for running in prompts:
             count = min(running.pending, room)
             if running.blocks and count > 0:  # it has none when it was preempted for a single token
                 room -= count
                 yield running, count
+
+    def _chunk(self, load: int) -> int:
+        """Return the tokens of a batch with which the last of a load leaves the last of p stages soonest.
+
+        In k batches it takes (k + p - 1) calls, each with the k-th part of the tokens: least for this k, that of the
+        segments of a pipelined broadcast.
+        """
+        stages = self.limits.batches
+        count = max(stages, round(sqrt(load * (stages - 1) / CALL_TOKENS)))
+        return max(-(-load // count), CALL_TOKENS)
 
     def _share(self, total: int) -> int:
         return -(-total // self.limits.batches)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from pipelinejob_worker.serve.batch import BLOCK, Batch, Drawn, blocks_for
-from pipelinejob_worker.serve.scheduler import CHUNK_FLOOR, Emitted, Ended, Event, Limits, Refusal, Request, Scheduler
+from pipelinejob_worker.serve.scheduler import CALL_TOKENS, Emitted, Ended, Event, Limits, Refusal, Request, Scheduler
 from pipelinejob_worker.serve.wire import Sampling
 
 GREEDY = Sampling(temperature=0)
@@ -260,7 +260,7 @@ def test_the_chunks_of_one_prompt_fill_all_stages_without_waiting() -> None:
 
 
 def test_a_long_prompt_does_not_stop_those_that_generate() -> None:
-    engine = Engine(limits(batches=2, batch_tokens=CHUNK_FLOOR))
+    engine = Engine(limits(batches=2, batch_tokens=CALL_TOKENS))
     for key in range(4):
         engine.submit(request(key, 1, 60))
     for _ in range(6):
@@ -277,6 +277,22 @@ def test_a_long_prompt_does_not_stop_those_that_generate() -> None:
     # 400 tokens in chunks of 30 beside two others; each of those is in every second batch.
     assert len(engine.outputs["0"]) - before >= 5
     assert engine.scheduler.preemptions == 0
+
+
+def test_many_that_generate_do_not_stop_a_prompt() -> None:
+    engine = Engine(limits(blocks=1000, batches=2, batch_tokens=512))
+    for key in range(400):
+        engine.submit(request(key, 1, 60))
+    for _ in range(6):
+        while engine.send():
+            pass
+        engine.receive()
+    engine.submit(request("prompt", 3 * CALL_TOKENS, 1))
+    for _ in range(6):
+        while engine.send():
+            pass
+        engine.receive()
+    assert "prompt" in engine.ended
 
 
 def test_the_larger_priority_is_admitted_first_and_equal_ones_in_their_order() -> None:

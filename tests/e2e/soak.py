@@ -40,7 +40,7 @@ async def read():
     prompt, text = drawn.choice(list(answers)), ""
     async for chunk in await client.completions.create(**request(prompt, stream=True)):
         text += chunk.choices[0].text
-    told["answered" if text == answers[prompt] else "WRONG"] += 1
+    told["answered" if text == answers[prompt] else "WRONG answer"] += 1
 
 async def hang_up():
     stream = await client.completions.create(**request(drawn.choice(list(answers)), stream=True))
@@ -65,19 +65,20 @@ async def never_read():
 
 async def no_json():
     status = await send(b'{"model": "served", "prompt', 0)
-    told["refused as no JSON" if status == b"400" else "WRONG"] += 1
+    refused = {b"400": "refused as no JSON", b"429": "refused as overload"}  # in a crowd nothing is read
+    told[refused.get(status, f"WRONG status {status} to no JSON")] += 1
 
 async def too_much():
     try:
         await client.completions.create(**request("x" * 5000))
-        told["WRONG"] += 1
+        told["WRONG answer to too much"] += 1
     except BadRequestError:
         told["refused as too much"] += 1
 
 async def another_model():
     try:
         await client.completions.create(**{**request("x"), "model": "another"})
-        told["WRONG"] += 1
+        told["WRONG answer for another model"] += 1
     except NotFoundError:
         told["refused as unknown model"] += 1
 
@@ -170,7 +171,8 @@ def soak(minutes: float, seed: int) -> bool:
         assert dict(processes(run)) == watched, "a process has ended"
         run.delete()
     print(", ".join(f"{count} {what}" for what, count in sorted(told.items())))
-    return _report(looks) and not told.get("WRONG") and "answered" in told and "refused as overload" in told
+    wrong = any(what.startswith("WRONG") for what in told)
+    return _report(looks) and not wrong and "answered" in told and "refused as overload" in told
 
 
 def _report(looks: Mapping[str, list[Look]]) -> bool:

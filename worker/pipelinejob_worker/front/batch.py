@@ -23,7 +23,7 @@ from pipelinejob_worker.front.schema import ChatRequest, CompletionRequest
 from pipelinejob_worker.front.settings import Limits
 from pipelinejob_worker.front.shapes import ChatShape, CompletionShape, Envelope, Object, Shape
 from pipelinejob_worker.front.tokenizer import Tokenizer
-from pipelinejob_worker.serve.wire import MAX_TOKENS, Ready
+from pipelinejob_worker.serve.wire import MAX_SECONDS, MAX_TOKENS, Ready
 
 log = structlog.get_logger()
 
@@ -40,7 +40,7 @@ LIMITS = Limits(
     choices=64,
     requests=100_000,
     held_tokens=1 << 30,
-    request_seconds=86_400,
+    request_seconds=MAX_SECONDS,
     recovery_seconds=3600,
 )
 """Of what a front accepts and waits: nobody waits for single answers here, and a file is not an attack."""

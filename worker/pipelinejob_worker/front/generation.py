@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from pipelinejob_worker.front.refusals import ApiError
-from pipelinejob_worker.serve.wire import Sampling, Submit, Token
+from pipelinejob_worker.serve.wire import MAX_SECONDS, Sampling, Submit, Token
 
 
 @dataclass(eq=False)
@@ -69,7 +69,7 @@ class Generation:
             max_tokens=self.max_tokens,
             stop=self.stop,
             stop_token_ids=self.stop_token_ids,
-            deadline_seconds=max(self.deadline - now, 0.001),
+            deadline_seconds=min(max(self.deadline - now, 0.001), MAX_SECONDS),  # the difference is rounded
             priority=int(self.orphaned),
         )
 

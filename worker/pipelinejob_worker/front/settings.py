@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipelinejob_worker.errors import ConfigurationError
-from pipelinejob_worker.serve.wire import MAX_TOKENS
+from pipelinejob_worker.serve.wire import MAX_SECONDS, MAX_TOKENS
 
 PREFIX = "PIPELINEJOB_FRONT_"
 
@@ -24,7 +24,9 @@ class Limits(BaseModel):
     prompt_tokens: int = Field(131_072, ge=1, le=MAX_TOKENS, description="Most tokens of one prompt.")
     output_tokens: int = Field(32_768, ge=1, le=MAX_TOKENS, description="Most tokens of one choice.")
     choices: int = Field(64, ge=1, le=4096, description="Most choices of one request: prompts times `n`.")
-    request_seconds: float = Field(600, gt=0, le=86_400, description="From a request's acceptance to its last token.")
+    request_seconds: float = Field(
+        600, gt=0, le=MAX_SECONDS, description="From a request's acceptance to its last token."
+    )
     requests: int = Field(512, ge=1, le=100_000, description="Most choices that are waiting or running at a time.")
     held_tokens: int = Field(
         1 << 20, ge=1, description="Most prompt tokens and output tokens of these choices when another one is accepted."

@@ -19,6 +19,9 @@ LINE_LIMIT_BYTES = 16 << 20
 MAX_TOKENS = 1 << 20
 """Most tokens of a request, prompt and output together."""
 
+MAX_SECONDS = 86_400.0
+"""Longest time for a request."""
+
 MAX_TOP_LOGPROBS = 20
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -51,7 +54,7 @@ class Submit(Wire):
     stop_token_ids: list[TokenId] = Field(
         [], max_length=256, description="Tokens that end the request, the model's end of sequence among them; emitted."
     )
-    deadline_seconds: float = Field(600.0, gt=0, le=86400, description="From receipt to the last token.")
+    deadline_seconds: float = Field(600.0, gt=0, le=MAX_SECONDS, description="From receipt to the last token.")
     priority: int = Field(0, ge=-1000, le=1000, description="Larger ones are admitted first.")
 
 

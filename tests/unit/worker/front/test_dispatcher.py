@@ -9,7 +9,7 @@ from pipelinejob_worker.front.dispatcher import Dispatcher, ProtocolError
 from pipelinejob_worker.front.generation import Generation
 from pipelinejob_worker.front.refusals import ApiError
 from pipelinejob_worker.front.settings import Limits
-from pipelinejob_worker.serve.wire import Cancel, Finished, Ready, Refused, Sampling, Stats, Submit, Token
+from pipelinejob_worker.serve.wire import MAX_SECONDS, Cancel, Finished, Ready, Refused, Sampling, Stats, Submit, Token
 
 LIMITS = Limits(requests=4, held_tokens=100, recovery_seconds=10, request_seconds=50)
 
@@ -41,6 +41,12 @@ def stats(running: int) -> Stats:
     rest = dict.fromkeys(("queued", "batches_in_flight", "cache_blocks", "cache_blocks_used", "preemptions"), 0)
     rates = dict.fromkeys(("prompt_tokens_per_second", "tokens_per_second", "bubble_percent"), 0.0)
     return Stats(epoch=1, running=running, **rest, **rates)
+
+
+@pytest.mark.parametrize("now", [47000.0101, 47000.2222, 0.1])
+def test_the_longest_time_is_within_bounds_whatever_the_clock_says(now: float) -> None:
+    one = generation(deadline=now + MAX_SECONDS)
+    assert one.submission(now).deadline_seconds == pytest.approx(MAX_SECONDS)
 
 
 def test_a_choice_waits_for_an_engine_is_submitted_and_ends() -> None:

@@ -1,7 +1,7 @@
 """The programs of the cluster, built from the Go modules that ``tools/go.mod`` pins."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from tests.cluster import cache, commands, progress, settings
@@ -41,8 +41,8 @@ KWOK_STAGES = ("node/fast", "node/heartbeat-with-lease", "pod/fast")
 """How simulated nodes and pods behave, from kwok's own collection."""
 
 KUEUE = "sigs.k8s.io/kueue/cmd/kueue"
-KUEUE_MANIFESTS = {"crds.yaml": "crd/bases/*.yaml", "webhooks.yaml": "webhook/manifests.yaml"}
-"""What Kueue wants in the API server, from its module's ``config/components``."""
+KUEUE_CRDS, KUEUE_WEBHOOKS = "config/components/crd/bases/*.yaml", "config/components/webhook/manifests.yaml"
+"""What Kueue wants in the API server, in its module."""
 
 
 def go_build(module: Path, target: Path, flags: str, *packages: str, log: Path) -> None:
@@ -86,49 +86,48 @@ def ensure() -> Path:
     return cache.ensure("binaries", cache.digest(*inputs, recipe), _build)
 
 
-def _source(module: Path, program: str) -> Path:
-    """Return the directory of the Go module that a program of ``module`` comes from."""
-    name = program.rpartition("/cmd/")[0]
-    return Path(commands.run("go", "list", "-m", "-f", "{{.Dir}}", name, directory=module).strip())
+_SOURCE_OF = ("go", "list", "-m", "-f", "{{.Dir}}")
 
 
-def _joined(files: Iterable[Path]) -> str:
-    return "\n---\n".join(file.read_text() for file in files)
+def _ensure_with_manifests(
+    kind: str, program: str, usual: str, files: Mapping[str, Callable[[Path], Iterable[Path]]], *recipe: str
+) -> Path:
+    """Return the directory of a program that has a Go module of its own in ``tools``, building it if need be.
+
+    ``files``: what lies beside it, each joined from these of the program's source. ``recipe``: what chooses them.
+    """
+    module = TOOLS / kind
+
+    def build(target: Path) -> None:
+        log = settings.CACHE / "log" / f"{kind}.log"
+        log.unlink(missing_ok=True)
+        with progress.step(f"building {kind}", key=kind, usual=usual):
+            go_build(module, target, STRIP, program, log=log)
+            listed = commands.run(
+                "go", "list", "-m", "-f", "{{.Dir}}", program.rpartition("/cmd/")[0], directory=module
+            )
+            for name, choose in files.items():
+                texts = [file.read_text() for file in choose(Path(listed.strip()))]
+                (target / name).write_text("\n---\n".join(texts))
+
+    return cache.ensure(kind, cache.digest(module / "go.mod", module / "go.sum", STRIP, program, *recipe), build)
 
 
-def _stages(module: Path) -> str:
-    source = _source(module, KWOK) / "kustomize/stage"
-    files = [file for stage in KWOK_STAGES for file in sorted((source / stage).glob("*.yaml"))]
-    return _joined(file for file in files if file.name != "kustomization.yaml")
+def _kwok_stages(source: Path) -> list[Path]:
+    files = [file for stage in KWOK_STAGES for file in sorted((source / "kustomize/stage" / stage).glob("*.yaml"))]
+    return [file for file in files if file.name != "kustomization.yaml"]
 
 
 def ensure_kwok() -> Path:
     """Return the directory that holds kwok, which simulates nodes, and its ``stages.yaml``, building it if need be."""
-    module = TOOLS / "kwok"
-
-    def build(target: Path) -> None:
-        log = settings.CACHE / "log" / "kwok.log"
-        log.unlink(missing_ok=True)
-        with progress.step("building kwok", key="kwok", usual="about 3 min on 2 cores"):
-            go_build(module, target, STRIP, KWOK, log=log)
-            (target / "stages.yaml").write_text(_stages(module))
-
-    inputs = (module / "go.mod", module / "go.sum", STRIP, KWOK, *KWOK_STAGES)
-    return cache.ensure("kwok", cache.digest(*inputs), build)
+    files = {"stages.yaml": _kwok_stages}
+    return _ensure_with_manifests("kwok", KWOK, "about 3 min on 2 cores", files, *KWOK_STAGES)
 
 
 def ensure_kueue() -> Path:
-    """Return the directory that holds kueue and its manifests, building it if need be."""
-    module = TOOLS / "kueue"
-
-    def build(target: Path) -> None:
-        log = settings.CACHE / "log" / "kueue.log"
-        log.unlink(missing_ok=True)
-        with progress.step("building Kueue", key="kueue", usual="about 8 min on 2 cores"):
-            go_build(module, target, STRIP, KUEUE, log=log)
-            for name, pattern in KUEUE_MANIFESTS.items():
-                files = sorted((_source(module, KUEUE) / "config/components").glob(pattern))
-                (target / name).write_text(_joined(files))
-
-    recipe = repr((STRIP, KUEUE, KUEUE_MANIFESTS))
-    return cache.ensure("kueue", cache.digest(module / "go.mod", module / "go.sum", recipe), build)
+    """Return the directory that holds kueue, its ``crds.yaml`` and ``webhooks.yaml``, building it if need be."""
+    files: dict[str, Callable[[Path], Iterable[Path]]] = {
+        "crds.yaml": lambda source: sorted(source.glob(KUEUE_CRDS)),
+        "webhooks.yaml": lambda source: source.glob(KUEUE_WEBHOOKS),
+    }
+    return _ensure_with_manifests("kueue", KUEUE, "about 8 min on 2 cores", files, KUEUE_CRDS, KUEUE_WEBHOOKS)

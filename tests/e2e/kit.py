@@ -18,6 +18,10 @@ END_OF_LOG = "end-of-log"
 Object = dict[str, Any]
 
 
+ON = 'trap "exit 0" TERM; sleep 600 & wait'
+"""A stage that runs until it is told to leave."""
+
+
 class Timeout(AssertionError):
     """What was waited for did not come."""
 

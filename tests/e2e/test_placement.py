@@ -18,9 +18,6 @@ RACK = "example.com/rack"
 POOL = "example.com/pool"
 GPU = "nvidia.com/gpu"
 
-ON = 'trap "exit 0" TERM; sleep 600 & wait'
-"""A stage that runs until it is told to leave."""
-
 
 @pytest.fixture
 def nodes() -> list[str]:
@@ -54,7 +51,9 @@ def labels(key: str, values: dict[str, str]) -> Iterator[None]:
             kit.kubectl("label", "node", name, f"{key}-")
 
 
-def job(namespace: kit.Namespace, name: str, stages: int, script: str = ON, pod: Any = None, **members: Any) -> kit.Job:
+def job(
+    namespace: kit.Namespace, name: str, stages: int, script: str = kit.ON, pod: Any = None, **members: Any
+) -> kit.Job:
     """A job whose stages run a shell script."""
     template = kit.template(command=["sh", "-c", script])
     template["spec"] |= {"terminationGracePeriodSeconds": 2, **(pod or {})}
@@ -71,7 +70,7 @@ def filler(name: str, **spec: Any) -> kit.Object:
     container = {
         "name": "run",
         "image": kit.WORKER_IMAGE,
-        "command": ["sh", "-c", ON],
+        "command": ["sh", "-c", kit.ON],
         "resources": {"requests": {GPU: "1"}, "limits": {GPU: "1"}},
     }
     given = {"containers": [container], "terminationGracePeriodSeconds": 1} | spec
@@ -247,4 +246,4 @@ def pins(run: kit.Job) -> list[str]:
     return [json.loads(note).get("node", "") for note in notes]
 
 
-SMALL: kit.Object = {"name": "run", "command": ["sh", "-c", ON], "resources": {"requests": {"cpu": "1m"}}}
+SMALL: kit.Object = {"name": "run", "command": ["sh", "-c", kit.ON], "resources": {"requests": {"cpu": "1m"}}}

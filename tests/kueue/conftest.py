@@ -25,7 +25,7 @@ def kueues(operator: None) -> Iterator[None]:
 
 
 @pytest.fixture
-def queue(kueues: None, namespace: kit.Namespace) -> Iterator[str]:
+def queue(kueues: None, namespace: kit.Namespace) -> str:
     """A queue of the test's namespace, and the cluster queue of the same name, of which nothing is used."""
     flavor = {"topologyName": QUEUE, "nodeLabels": {"topology.kubernetes.io/region": "region-1"}}
     resources = [{"name": GPU, "nominalQuota": str(QUOTA)}]

@@ -7,11 +7,8 @@ from tests.e2e import kit
 from tests.e2e.losses import undisturbed
 from tests.kueue.conftest import HOST, QUEUE, used
 
-ON = 'trap "exit 0" TERM; sleep 600 & wait'
-"""A stage that runs until it is told to leave."""
 
-
-def job(namespace: kit.Namespace, name: str, stages: int, script: str = ON, **placement: Any) -> kit.Job:
+def job(namespace: kit.Namespace, name: str, stages: int, script: str = kit.ON, **placement: Any) -> kit.Job:
     template = kit.template(command=["sh", "-c", script])
     template["spec"]["terminationGracePeriodSeconds"] = 2
     queued = {"strategy": "Delegated", "delegated": {"to": "Kueue", "queueName": QUEUE}, **placement}

@@ -93,6 +93,12 @@ class Engine:
         batch, drawn = self.flying.popleft()
         self.take(self.scheduler.complete(batch.number, drawn))
 
+    def turn(self) -> None:
+        """Send all that can leave, and take one batch back."""
+        while self.send():
+            pass
+        self.receive()
+
     def finish(self) -> None:
         for _ in range(100_000):
             while self.send():
@@ -139,9 +145,7 @@ def test_preempted_requests_are_computed_anew_and_the_oldest_never_is() -> None:
     for each in requests:
         engine.submit(each)
     while len(engine.ended) < len(requests):
-        while engine.send():
-            pass
-        engine.receive()
+        engine.turn()
         order += [key for key in engine.ended if key not in order]
     assert engine.scheduler.preemptions > 3
     assert order == [each.key for each in requests]
@@ -243,9 +247,7 @@ def test_generating_requests_are_spread_evenly_over_the_batches_in_flight(batche
     for key in range(8):
         engine.submit(request(key, 1, 30))
     for _ in range(batches * 3):
-        while engine.send():
-            pass
-        engine.receive()
+        engine.turn()
     assert max(engine.sizes[-batches:]) <= -(-8 // batches)
     assert len(engine.flying) in (batches - 1, batches)
 
@@ -264,9 +266,7 @@ def test_a_long_prompt_does_not_stop_those_that_generate() -> None:
     for key in range(4):
         engine.submit(request(key, 1, 60))
     for _ in range(6):
-        while engine.send():
-            pass
-        engine.receive()
+        engine.turn()
     engine.submit(request("long", 400, 1))
     before = len(engine.outputs["0"])
     while "long" not in engine.ended:
@@ -284,14 +284,10 @@ def test_many_that_generate_do_not_stop_a_prompt() -> None:
     for key in range(400):
         engine.submit(request(key, 1, 60))
     for _ in range(6):
-        while engine.send():
-            pass
-        engine.receive()
+        engine.turn()
     engine.submit(request("prompt", 3 * CALL_TOKENS, 1))
     for _ in range(6):
-        while engine.send():
-            pass
-        engine.receive()
+        engine.turn()
     assert "prompt" in engine.ended
 
 
@@ -310,9 +306,7 @@ def test_requests_that_generate_advance_alike() -> None:
     for key in range(7):
         engine.submit(request(key, 1, 100))
     for _ in range(60):
-        while engine.send():
-            pass
-        engine.receive()
+        engine.turn()
     lengths = [len(output) for output in engine.outputs.values()]
     assert min(lengths) >= 60 // 2 - 2
     assert max(lengths) - min(lengths) <= 1

@@ -16,7 +16,8 @@ from torch import distributed
 
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.protocol import Env, Membership
-from pipelinejob_worker.recovery.pulse import Doing, LeaveError, Pulse
+from pipelinejob_worker.recovery.pulse import Doing, Heart, LeaveError, Pulse
+from pipelinejob_worker.recovery.sockets import knock, tcp_sockets
 
 RENDEZVOUS_LIMIT = timedelta(minutes=5)
 """How long a stage waits for the others to appear."""
@@ -185,14 +186,16 @@ def joined(membership: Membership, device: torch.device, meeting: Meeting | None
     stage, rank = membership.stage, membership.rank
     _forget_groups()
     try:
-        distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=_store(membership, meeting),
-            rank=rank,
-            world_size=membership.world_size,
-            timeout=WATCHED_SILENCE_LIMIT if meeting else SILENCE_LIMIT,
-        )
-        replicas = _join_replicas(membership)
+        store = _store(membership, meeting)
+        with _leaving_meanwhile(membership, meeting):
+            distributed.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=rank,
+                world_size=membership.world_size,
+                timeout=WATCHED_SILENCE_LIMIT if meeting else SILENCE_LIMIT,
+            )
+            replicas = _join_replicas(membership)
         if meeting:
             meeting.pulse.move(Doing.STARTING)
         yield Group(
@@ -263,6 +266,20 @@ def _watched_store(host: str, meeting: Meeting, *, master: bool) -> "distributed
         else:
             store.set_timeout(RENDEZVOUS_LIMIT)
             return store
+
+
+@contextmanager
+def _leaving_meanwhile(membership: Membership, meeting: Meeting | None) -> Iterator[None]:
+    """Obey the agent's order to leave also while the block waits for ranks to connect to this one."""
+    if not meeting:
+        yield
+        return
+    before = tcp_sockets()
+    knocking = Heart(meeting.pulse, lambda: knock(membership.world_size, spare=before))
+    try:
+        yield
+    finally:
+        knocking.stop()
 
 
 def _join_replicas(membership: Membership) -> distributed.ProcessGroup | None:

@@ -3,15 +3,21 @@
 A wait of gloo for a frozen peer or a vanished node has no end, and no call of torch's stops it from outside. Shutting
 down this process's own end of the connection does: the wait raises an error within milliseconds, also when the peer
 is frozen. Any thread of the process may do it.
+
+While a group is formed, one rank of each pair waits for the other one to connect, and has nothing but a listener yet.
+It is freed by a caller who says that it is the missing rank and hangs up.
 """
 
 import os
 import socket
 import stat
+import struct
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from ipaddress import IPv6Address, ip_address
 from pathlib import Path
+
+KNOCK_SECONDS = 0.1
+_NUMBER = struct.Struct("=Q")
 
 
 def tcp_sockets() -> frozenset[int]:
@@ -23,24 +29,41 @@ def tcp_sockets() -> frozenset[int]:
     return frozenset(inodes)
 
 
-def shut_down(spare: Collection[int] = (), peers: Collection[str] = ()) -> int:
-    """Shut down this process's connected TCP sockets; return how many.
+def shut_down(spare: Collection[int] = ()) -> int:
+    """Shut down this process's TCP sockets that are connected, or about to be; return how many.
 
-    ``spare``: inodes of sockets to leave alone. ``peers``: addresses; if any are given, only connections with these.
-    The descriptors stay open, so whoever uses them gets an error and not another's connection.
+    ``spare``: inodes of sockets to leave alone. The descriptors stay open, so whoever uses them gets an error and not
+    another's connection.
     """
-    wanted = {_plain(peer) for peer in peers}
     count = 0
     for inode, duplicate in _tcp_sockets():
         with duplicate:
-            if inode in spare:
+            if inode in spare or _listens(duplicate):
                 continue
-            with suppress(OSError):  # it listens, is not connected yet, or has just been closed
-                peer = duplicate.getpeername()[0]
-                if not wanted or _plain(peer) in wanted:
-                    duplicate.shutdown(socket.SHUT_RDWR)
-                    count += 1
+            with suppress(OSError):  # it has no other end yet, or none any more
+                duplicate.shutdown(socket.SHUT_RDWR)
+                count += 1
     return count
+
+
+def knock(numbers: int, spare: Collection[int] = ()) -> None:
+    """Connect to each of this process's listeners as one rank after another does that forms a group, and hang up.
+
+    gloo's listener takes what a connection says first for the number of the pair that it belongs to, of which there is
+    one for each rank (``gloo/transport/tcp/listener.cc``, ``address.h``). ``numbers``: of ranks. ``spare``: inodes.
+    """
+    for inode, duplicate in _tcp_sockets():
+        with duplicate:
+            if inode in spare or not _listens(duplicate):
+                continue
+            address = duplicate.getsockname()
+        for number in range(numbers):
+            with suppress(OSError), socket.create_connection(address[:2], KNOCK_SECONDS) as caller:
+                caller.sendall(_NUMBER.pack(number))
+
+
+def _listens(found: socket.socket) -> bool:
+    return found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) != 0
 
 
 def _tcp_sockets() -> Iterator[tuple[int, socket.socket]]:
@@ -59,10 +82,3 @@ def _tcp_sockets() -> Iterator[tuple[int, socket.socket]]:
             yield status.st_ino, found
         else:
             found.close()
-
-
-def _plain(address: str) -> str:
-    """One form for an IPv4 address, whether or not it came over an IPv6 socket."""
-    parsed = ip_address(address.partition("%")[0])
-    mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
-    return str(mapped or parsed)

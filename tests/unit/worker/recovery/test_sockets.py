@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,15 @@ import torch
 from torch import distributed
 
 from pipelinejob_worker.agent.charge import LEAVE_SECONDS
-from pipelinejob_worker.pipeline.group import Meeting, is_link_error, joined
+from pipelinejob_worker.pipeline.group import Meeting, PeerLostError, is_link_error, joined
 from pipelinejob_worker.protocol import Membership
 from pipelinejob_worker.recovery.pulse import Doing, Heart, LeaveError, Pulse
 from pipelinejob_worker.recovery.sockets import shut_down, tcp_sockets
 from tests.unit.worker import forked
 from tests.unit.worker.agents import until
 from tests.unit.worker.ranks import SILENCE_LIMIT
+
+INCARNATION = "incarnation-1.1"
 
 
 @pytest.fixture
@@ -53,11 +56,12 @@ def test_only_connections_are_shut_down_and_those_to_spare_are_not(pair: tuple[s
         assert agent.recv(64)
 
 
-@pytest.mark.parametrize(("peers", "count"), [(["10.0.0.9"], 0), (["10.0.0.9", "::ffff:127.0.0.1"], 2)])
-def test_with_peers_given_only_connections_with_them_are(
-    pair: tuple[socket.socket, socket.socket], peers: list[str], count: int
-) -> None:
-    assert shut_down(spare=tcp_sockets() - {inode(end) for end in pair}, peers=peers) == count
+def test_a_listener_is_not_shut_down() -> None:
+    before = tcp_sockets()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert shut_down(spare=before) == 0
+        with socket.create_connection(listener.getsockname()):
+            listener.accept()[0].close()
 
 
 def receive() -> None:
@@ -122,8 +126,12 @@ def _expect_no_answer(port: int, wait: Callable[[], None]) -> None:
         forked.call(_rank, 1, port, wait)
 
 
-def _meet_nobody(path: Path, port: int) -> tuple[str, float]:
-    """Try to meet at a store; return what ended that, and how long after the order to leave."""
+def _meet(path: Path, port: int, rank: int, ranks: int) -> tuple[str, float]:
+    """Try to form a group of whose ranks not all come; return what ended that, and how long after the order to leave.
+
+    Who is in the group although one has not come all the way leaves at once, too.
+    """
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     pulse = Pulse.open(path)
     before, ordered = tcp_sockets(), [0.0]
 
@@ -132,14 +140,18 @@ def _meet_nobody(path: Path, port: int) -> tuple[str, float]:
         shut_down(spare=before)
 
     heart = Heart(pulse, leave)
-    membership = Membership(epoch=1, action="Run", stage=1, stages=2, master_address="127.0.0.1", master_port=1)
+    membership = Membership(epoch=1, action="Run", stage=rank, stages=ranks, master_address="127.0.0.1", master_port=1)
     try:
-        with joined(membership, torch.device("cpu"), Meeting("incarnation-1.1", port, None, pulse)):
-            return "joined", 0.0
+        with joined(membership, torch.device("cpu"), Meeting(INCARNATION, port, None, pulse)) as group:
+            while True:
+                group.computing()
     except LeaveError:
-        return "left", time.monotonic() - ordered[0]
+        ended = "left"
+    except PeerLostError:
+        ended = "lost"
     finally:
         heart.stop()
+    return ended, time.monotonic() - ordered[0] if ordered[0] else 0.0
 
 
 @pytest.mark.parametrize("listens", [True, False], ids=["a master that never answers", "a master that is gone"])
@@ -150,9 +162,61 @@ def test_who_waits_for_the_store_leaves_when_it_is_ordered_to(tmp_path: Path, li
         if not listens:
             master.close()
         with ThreadPoolExecutor(1) as thread:
-            meeting = thread.submit(forked.call, _meet_nobody, tmp_path / "pulse", port)
+            meeting = thread.submit(forked.call, _meet, tmp_path / "pulse", port, 1, 2)
             until(lambda: pulse.signs().doing == Doing.WAITING)
             pulse.order_to_leave()
             ended, seconds = meeting.result()
     assert ended == "left"
     assert seconds < LEAVE_SECONDS, "later the agent would kill it"
+
+
+class Dying(distributed.Store):  # type: ignore[misc]
+    """A store whose user dies before one of the operations by which the ranks exchange their addresses."""
+
+    def __init__(self, store: distributed.Store, operations: int) -> None:
+        super().__init__()
+        self._store = store
+        self._left = operations
+
+    def _count(self) -> None:
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._left -= 1
+
+    def set(self, key: str, value: bytes) -> None:
+        self._count()
+        self._store.set(key, value)
+
+    def wait(self, keys: list[str], *timeout: timedelta) -> None:
+        self._count()
+        self._store.wait(keys, *timeout)
+
+    def get(self, key: str) -> bytes:
+        self._count()
+        return bytes(self._store.get(key))
+
+
+def _die_while_forming(port: int, rank: int, ranks: int, operations: int) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    store = Dying(distributed.PrefixStore(INCARNATION, store), operations)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=SILENCE_LIMIT)
+    raise AssertionError(f"it has formed the group with {operations} operations of the store")
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+@pytest.mark.parametrize("operations", range(7), ids=lambda count: f"after {count} operations")
+def test_who_waits_for_a_rank_that_died_while_the_group_formed_leaves_when_it_is_ordered_to(
+    tmp_path: Path, operations: int, victim: int
+) -> None:
+    """The address told, and then for each rank its address awaited and read, and a connection made."""
+    port, survivors = forked.free_port(), [rank for rank in range(3) if rank != victim]
+    pulses = [Pulse.create(tmp_path / str(rank)) for rank in survivors]
+    with ThreadPoolExecutor(3) as threads:
+        forming = [threads.submit(forked.call, _meet, tmp_path / str(rank), port, rank, 3) for rank in survivors]
+        with pytest.raises(EOFError):
+            forked.call(_die_while_forming, port, victim, 3, operations)
+        for pulse in pulses:
+            pulse.order_to_leave()
+        ended = [each.result() for each in forming]
+    assert all(seconds < LEAVE_SECONDS for _, seconds in ended), "later the agent would kill it"

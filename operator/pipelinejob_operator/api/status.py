@@ -43,7 +43,10 @@ class StageStatus(Wire):
     replacement_time: str | None = Field(
         None, description="When it was last given a new pod.", json_schema_extra={"format": "date-time"}
     )
-    quick_replacements: int = Field(0, description="New pods in quick succession; the back-off grows with it.")
+    replacement_step: int = Field(0, description="Last finished step of the job when it was last given a new pod.")
+    quick_replacements: int = Field(
+        0, description="New pods in quick succession without a step in between; the back-off grows with it."
+    )
     container_restarts: int = Field(0, description="Restarts of its container in place that have been counted.")
     last_failure_time: str | None = Field(
         None,

@@ -213,7 +213,8 @@ def _marked(d: Decision, found: Sequence[Setback], stamp: str) -> list[StageStat
             change |= {
                 "replacement": max(stage.replacement, before[key].replacement) + 1,
                 "replacement_time": stamp,
-                "quick_replacements": recovery.in_succession(before[key], d.now),
+                "replacement_step": d.job.status.progress.step,
+                "quick_replacements": recovery.in_succession(before[key], d.job.status.progress.step, d.now),
                 "container_restarts": 0,
                 "pod": "",
                 "node": "",

@@ -83,7 +83,13 @@ class Draft:
         """Raise the attempt: pods are numbered anew in it, and form a group of their own."""
         stages = [
             item.model_copy(
-                update={"replacement": 0, "replacement_time": None, "quick_replacements": 0, "container_restarts": 0}
+                update={
+                    "replacement": 0,
+                    "replacement_time": None,
+                    "replacement_step": 0,
+                    "quick_replacements": 0,
+                    "container_restarts": 0,
+                }
             )
             for item in self.stages
         ]

@@ -39,7 +39,8 @@ FINAL: dict[int, Reason] = {
 NODE_LOST, POD_LOST, DELETED = "NodeLost", "PodLost", "Deleted"
 
 QUICK = timedelta(seconds=60)
-"""New pods of one stage that follow each other within this time, and the back-off itself, wait ever longer."""
+"""New pods of one stage that follow each other within this time, and the back-off itself, without a step in between
+wait ever longer."""
 FIRST_DELAY_SECONDS = 1
 LONGEST_DELAY_SECONDS = 60
 
@@ -201,10 +202,14 @@ def first(setbacks: Sequence[Setback]) -> Setback:
     return min(setbacks, key=lambda one: (-one.rung, not one.counts, one.at, one.failure.place.rank))
 
 
-def in_succession(before: StageStatus, now: datetime) -> int:
-    """Count the new pods of a stage that follow each other quickly, the one now asked for included; 0: the first."""
+def in_succession(before: StageStatus, step: int, now: datetime) -> int:
+    """Count the new pods of a stage that follow each other quickly, the one now asked for included; 0: the first.
+
+    ``step``: the last that the job has finished. One past the pod before shows that this was of use: what ends pods
+    that train is bounded by the budget if it is a failure, and is somebody's wish if it is none.
+    """
     last = parse_time(before.replacement_time)
-    if last is None or now >= last + QUICK + delay(before.quick_replacements):
+    if last is None or step > before.replacement_step or now >= last + QUICK + delay(before.quick_replacements):
         return 0
     return before.quick_replacements + 1
 

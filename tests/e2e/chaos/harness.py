@@ -78,6 +78,10 @@ def strike(scene: Scene, fault: Fault, phase: Phase) -> Outcome:
     assert outcome.repeated <= allowed, f"{outcome}; allowed are {allowed}\n{scene.watch.describe()}"
     after = scene.owners()
     moved = [layer for layer, owner in owners.items() if after.get(layer) != owner]
+    if phase == Phase.RESCALE:  # what a struck stage had been given already, the pod that replaces its own needs, too
+        hit = {stage for stage, lives in before.items() if lives.pod in struck}
+        replaced = {seen.pod.uid for stage, seen in scene.by_stage().items() if stage in hit}
+        moved += [layer for layer in moved if after.get(layer) in replaced]
     fetched, most = verdict.fetched_bytes(scene.watch.sightings, at), sum(LAYER_BYTES[layer] for layer in moved)
     assert fetched <= most, f"{outcome}: {fetched} bytes were fetched; layers {moved}, which moved, have {most}"
     wrong = verdict.wrong_lives(before, scene.lives(), struck)

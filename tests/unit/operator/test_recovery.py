@@ -218,19 +218,22 @@ class TestRules:
 class TestBackOff:
     def stage(self, quick: int, ago: float) -> StageStatus:
         then = (NOW - seconds(ago)).isoformat().replace("+00:00", "Z")
-        return StageStatus(index=1, replacement_time=then, quick_replacements=quick)
+        return StageStatus(index=1, replacement_time=then, replacement_step=7, quick_replacements=quick)
 
     def test_the_first_new_pod_waits_for_nothing(self) -> None:
-        assert recovery.in_succession(UNBORN, NOW) == 0
+        assert recovery.in_succession(UNBORN, 7, NOW) == 0
         assert recovery.delay(0) == timedelta(0)
 
     def test_those_that_follow_quickly_wait_ever_longer(self) -> None:
-        assert recovery.in_succession(self.stage(0, ago=5), NOW) == 1
-        assert recovery.in_succession(self.stage(3, ago=60), NOW) == 4
+        assert recovery.in_succession(self.stage(0, ago=5), 7, NOW) == 1
+        assert recovery.in_succession(self.stage(3, ago=60), 7, NOW) == 4
         assert [recovery.delay(number).seconds for number in range(1, 9)] == [1, 2, 4, 8, 16, 32, 60, 60]
 
+    def test_a_pod_with_which_the_job_has_made_a_step_was_of_use(self) -> None:
+        assert recovery.in_succession(self.stage(3, ago=5), 8, NOW) == 0
+
     def test_a_pod_that_has_lived_for_a_while_begins_anew(self) -> None:
-        assert recovery.in_succession(self.stage(3, ago=64), NOW) == 0
+        assert recovery.in_succession(self.stage(3, ago=64), 7, NOW) == 0
 
 
 class TestHandOver:

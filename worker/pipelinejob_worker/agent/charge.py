@@ -91,8 +91,10 @@ class Charge:
         self._out.set()
 
     def note_progress(self, progress: Progress) -> None:
-        """The worker has told how long its steps take."""
-        if self._watch:
+        """The worker has told how long its steps take, or that it serves."""
+        if self._watch and progress.serving:
+            self._watch.serving()
+        elif self._watch:
             self._watch.step_finished(progress.step_seconds)
 
     async def pause(self, drain: Drain, seconds: float) -> bool:

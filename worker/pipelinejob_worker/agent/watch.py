@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from pipelinejob_worker.recovery.deadlines import Punctual, Verdict, judge, step_deadline
+from pipelinejob_worker.recovery.deadlines import SERVING_DEADLINE, Punctual, Verdict, judge, step_deadline
 from pipelinejob_worker.recovery.pulse import Pulse, is_stopped
 
 LOOK_SECONDS = 0.05
@@ -23,20 +23,30 @@ class Watch:
     """The signs of life of one worker in one incarnation."""
 
     def __init__(self, pulse: Pulse, pid: int, configured_seconds: float) -> None:
-        """``configured_seconds``: after how long a step hangs, 0 to measure; in force after the first step."""
+        """``configured_seconds``: after how long a step hangs, 0 to measure.
+
+        It is in force after the first step of training, or once the stage serves.
+        """
         self._pulse = pulse
         self._pid = pid
         self._configured = configured_seconds
         self._steps: deque[float] = deque(maxlen=STEPS_KEPT)
+        self._serves = False
 
     def step_finished(self, seconds: float | None) -> None:
         """Note how long steps take now."""
         if seconds is not None:
             self._steps.append(seconds)
 
+    def serving(self) -> None:
+        """The worker serves from now on: what it does takes no longer at first."""
+        self._serves = True
+
     @property
     def deadline(self) -> float:
         """After how long a step hangs."""
+        if self._serves:
+            return self._configured or SERVING_DEADLINE
         return step_deadline(self._steps, self._configured if self._steps else 0)
 
     async def run(self, act: Callable[[Verdict], None]) -> None:

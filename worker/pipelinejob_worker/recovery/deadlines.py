@@ -15,6 +15,9 @@ LATE_SECONDS = 0.3
 """A judge whose own loop is so late does not judge: the machine was busy or asleep."""
 
 UNMEASURED_STEP_DEADLINE = 600.0
+SERVING_DEADLINE = 60.0
+"""Of a stage's part in one batch that is served; stage 0 gives up a batch that is away for longer."""
+
 LEAST_STEP_DEADLINE = 10.0
 STEPS_TO_MEASURE = 3
 STEP_FACTOR = 5.0

@@ -18,6 +18,8 @@ TOKEN = "let-me-in"
 FRONT = "pipelinejob.dev/front"
 """Label of the fronts' pods."""
 
+MODEL = "model"
+
 LIBRARIES = ("openai", "jiter", "sniffio", "distro", "tqdm")
 """The official client, and what it needs beside what the worker image has."""
 
@@ -25,9 +27,9 @@ MAKE_MODEL = """
 import json, sys, tokenizers, torch
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
-lengths, output = json.loads(sys.argv[1])
+lengths, output, seed, directory = json.loads(sys.argv[1])
 torch.set_num_threads(1)
-torch.manual_seed(1)
+torch.manual_seed(seed)
 alphabet = ["\\u0120", *map(chr, range(33, 127))]
 tokenizer = tokenizers.Tokenizer(models.BPE({text: number for number, text in enumerate(alphabet)}, []))
 tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -36,8 +38,8 @@ model = LlamaForCausalLM(LlamaConfig(
     vocab_size=len(alphabet), hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, bos_token_id=None, eos_token_id=None,
 )).eval()
-model.save_pretrained("/volume/model")
-tokenizer.save("/volume/model/tokenizer.json")
+model.save_pretrained(f"/volume/{directory}")
+tokenizer.save(f"/volume/{directory}/tokenizer.json")
 answers = {}
 for number, length in enumerate(lengths):
     ids = [(7 * number + 3 * place + place * place) % len(alphabet) for place in range(length)]
@@ -118,13 +120,13 @@ def secured(name: str) -> Iterator[kit.Namespace]:
         yield made
 
 
-def two_stages(**limits: int) -> kit.Object:
+def two_stages(directory: str = MODEL, **limits: int) -> kit.Object:
     """A job of two stages behind two fronts that serves ``make_model``'s, with a token, in deterministic arithmetic."""
     mount = {"name": "models", "mountPath": "/models", "readOnly": True}
     return {
         "mode": "Serve",
         "stages": 2,
-        "model": {"huggingFace": {"path": "/models/model", "context": 512}},
+        "model": {"huggingFace": {"path": f"/models/{directory}", "context": 512}},
         "serve": {
             "deterministic": True,
             "keyValueCacheMiB": 16,
@@ -212,12 +214,14 @@ def _in_thread(work: Callable[[], Result]) -> Future[Result]:
     return future
 
 
-def make_model(namespace: kit.Namespace, claim: str, lengths: Sequence[int], output: int) -> dict[str, str]:
-    """Write a small Llama with random weights into ``model`` of a claim; return prompts and what ``generate`` answers.
+def make_model(
+    namespace: kit.Namespace, claim: str, lengths: Sequence[int], output: int, *, seed: int = 1, directory: str = MODEL
+) -> dict[str, str]:
+    """Write a small Llama with random weights into a directory of a claim; return prompts and ``generate``'s answers.
 
     ``lengths``: tokens of the prompts. ``output``: tokens of an answer. Each character is a token.
     """
-    said = namespace.run(claim, "python3", "-c", MAKE_MODEL, json.dumps([list(lengths), output]))
+    said = namespace.run(claim, "python3", "-c", MAKE_MODEL, json.dumps([list(lengths), output, seed, directory]))
     answers: dict[str, str] = json.loads(said.partition("ANSWERS")[2])
     assert all(len(text) == output for text in answers.values())
     return answers

@@ -161,6 +161,49 @@ def test_suspended_it_has_no_pods_and_resumed_it_answers(
     check(asked, clients.ask("served-front", asked), answers)
 
 
+@pytest.mark.timeout(900)
+def test_another_job_takes_its_place_with_another_model_and_no_client_notices(
+    served: kit.Job, clients: Clients, answers: dict[str, str]
+) -> None:
+    namespace, shared = served.namespace, {"sharedService": "chat", "modelName": "chat"}
+    others = make_model(namespace, "models", LENGTHS, OUTPUT, seed=2, directory="other")
+    assert not set(others.values()) & set(answers.values())
+    served.patch(serve=shared)
+    kit.kubectl("rollout", "status", "deployment/served-front", "-n", namespace.name, "--timeout=120s")
+
+    def behind(job: str) -> bool:
+        """Whether fronts of a job are among those that the Service sends clients to."""
+        slices = namespace.list("endpointslices", "kubernetes.io/service-name=chat")
+        ready = [end for part in slices for end in part["endpoints"] or () if end["conditions"]["ready"]]
+        return any(end["targetRef"]["name"].startswith(f"{job}-front-") for end in ready)
+
+    kit.wait_for("the shared Service has fronts", lambda: behind("served"), 60, served.describe)
+    spec = two_stages("other", requests=64, recoverySeconds=300)
+    following = kit.Job(namespace, "following", spec | {"serve": spec["serve"] | shared}).create()
+    following.wait("Available")
+    kit.wait_for("both have fronts behind it", lambda: behind("following"), 60, following.describe)
+    asked = requests(answers, MANY, stream=True, model="chat")
+    begun = clients.begin("chat", asked)
+    wait_until_busy(served)
+    served.patch(suspend=True)
+    served.wait("Suspended", seconds=300)
+    got = begun.result()
+    assert {answer["lost"] for answer in got} == {0}
+    texts = [answer["text"] for answer in got]
+    by_old = [text == answers[request["prompt"]] for request, text in zip(asked, texts, strict=True)]
+    by_new = [text == others[request["prompt"]] for request, text in zip(asked, texts, strict=True)]
+    assert all(old != new for old, new in zip(by_old, by_new, strict=True)), "each answer is of one of the models"
+    assert any(by_old)
+    check(asked, clients.ask("chat", asked), others)
+
+    served.patch(suspend=False)
+    served.wait("Available")
+    kit.wait_for("the first is back", lambda: behind("served"), 60, served.describe)
+    following.delete()
+    kit.wait_for("the second has gone", lambda: not behind("following"), 60, served.describe)
+    check(asked, clients.ask("chat", asked), answers)
+
+
 @pytest.mark.timeout(600)
 def test_what_a_job_has_trained_is_served_as_soon_as_it_is_saved(namespace: kit.Namespace, clients: Clients) -> None:
     namespace.text("text", TEXT)
@@ -189,3 +232,5 @@ def test_deleted_it_leaves_nothing(served: kit.Job) -> None:
         60,
         served.describe,
     )
+    shared = "pipelinejob.dev/service=chat"
+    kit.wait_for("nor the Service that it shared", lambda: not served.namespace.list("services", shared), 60)

@@ -64,6 +64,14 @@ class Serve(Engine):
         description="Directory inside the worker container with tokenizer.json. Empty: the model's own, or that with "
         "which the job of model.fromJob was trained.",
     )
+    model_name: str = Field("", max_length=253, description="What clients call the model. Empty: the name of the job.")
+    shared_service: str = Field(
+        "",
+        max_length=63,
+        pattern="^([a-z]([-a-z0-9]*[a-z0-9])?)?$",
+        description="Service with the fronts of this job and of all others in the namespace that name it: one job can "
+        "take another's place without a client noticing. Empty: none. Each job has its Service NAME-front, too.",
+    )
     limits: Limits = Field(default_factory=Limits, description="What each front accepts, and how long it waits.")
 
 

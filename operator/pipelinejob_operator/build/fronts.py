@@ -16,6 +16,7 @@ from pipelinejob_operator.build.names import (
     FRONT_LABEL,
     JOB_UID_LABEL,
     PIPELINE_LABEL,
+    SERVICE_LABEL,
     STAGE_LABEL,
     engine_name,
     front_labels,
@@ -62,6 +63,7 @@ def front_objects(job: Job, installation: Installation) -> list[Manifest]:
         *(_engine_service(job, pipeline) for pipeline in range(job.spec.pipelines)),
         _engines(job),
         _service(job, serve),
+        *([_shared_service(job, serve)] if serve.shared_service else []),
         *([_network_policy(job)] if job.spec.network.network_policy == "Enabled" else []),
         _disruption_budget(job),
         deployment(job, serve, installation, replicas=serve.fronts),
@@ -73,7 +75,7 @@ def deployment(job: Job, serve: Serve, installation: Installation, *, replicas: 
 
     One is replaced only when the next is ready, and has the time of its requests to end them.
     """
-    labels = front_labels(job.name, job.uid)
+    labels = front_labels(job.name, job.uid, serve.shared_service)
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -140,7 +142,7 @@ def environment(job: Job, serve: Serve) -> dict[str, str]:
     limits, tokenizer = serve.limits, job.tokenizer
     assert tokenizer is not None
     values = {
-        "MODEL": job.name,
+        "MODEL": serve.model_name or job.name,
         "PORT": FRONT_PORT,
         "ENGINES_FILE": f"{ENGINES_DIRECTORY}/engines",
         "TOKENIZER": tokenizer.name,
@@ -244,16 +246,25 @@ def _engines(job: Job) -> Manifest:
     }
 
 
-def _service(job: Job, serve: Serve) -> Manifest:
-    return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": _metadata(job, front_name(job.name)),
-        "spec": {
-            "selector": {FRONT_LABEL: job.uid},
-            "ports": [{"name": "http", "port": serve.port, "targetPort": FRONT_PORT, "protocol": "TCP"}],
-        },
+def _shared_service(job: Job, serve: Serve) -> Manifest:
+    """The Service of several jobs, none of which controls it: it goes with the last of its owners."""
+    labels = {SERVICE_LABEL: serve.shared_service}
+    metadata = {
+        "name": serve.shared_service,
+        "namespace": job.namespace,
+        "labels": labels,
+        "ownerReferences": [job.owner_reference() | {"controller": False, "blockOwnerDeletion": False}],
     }
+    return _front_service(metadata, labels, serve.port, f"http-{serve.port}")
+
+
+def _service(job: Job, serve: Serve) -> Manifest:
+    return _front_service(_metadata(job, front_name(job.name)), {FRONT_LABEL: job.uid}, serve.port, "http")
+
+
+def _front_service(metadata: Manifest, selector: dict[str, str], port: int, name: str) -> Manifest:
+    ports = [{"name": name, "port": port, "targetPort": FRONT_PORT, "protocol": "TCP"}]
+    return {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": {"selector": selector, "ports": ports}}
 
 
 def _network_policy(job: Job) -> Manifest:

@@ -14,6 +14,8 @@ PIPELINES_LABEL = f"{GROUP}/pipelines"
 ATTEMPT_LABEL = f"{GROUP}/attempt"
 FRONT_LABEL = f"{GROUP}/front"
 """Of the fronts' pods: the job's UID. They have no stage."""
+SERVICE_LABEL = f"{GROUP}/service"
+"""Of the fronts' pods, and of the Service itself: the Service that several jobs share."""
 REPLACEMENT_LABEL = f"{GROUP}/replacement"
 """Which pod of its place within the attempt; only pods whose agents recover by themselves have it."""
 SPARE_LABEL = f"{GROUP}/spare"
@@ -78,9 +80,9 @@ def stage_labels(job: str, uid: str, place: Place, attempt: int) -> dict[str, st
     }
 
 
-def front_labels(job: str, uid: str) -> dict[str, str]:
-    """Labels of a front's pod."""
-    return {**job_labels(job, uid), FRONT_LABEL: uid}
+def front_labels(job: str, uid: str, service: str = "") -> dict[str, str]:
+    """Labels of a front's pod. ``service``: what the job shares with others."""
+    return {**job_labels(job, uid), FRONT_LABEL: uid, **({SERVICE_LABEL: service} if service else {})}
 
 
 def spare_labels(job: str, uid: str, index: int, attempt: int) -> dict[str, str]:

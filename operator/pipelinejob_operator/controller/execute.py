@@ -9,9 +9,9 @@ from typing import Any
 import structlog
 
 from pipelinejob_operator.api.status import Status
-from pipelinejob_operator.api.v1alpha1 import GROUP
+from pipelinejob_operator.api.v1alpha1 import GROUP, KIND
 from pipelinejob_operator.build.job import Job
-from pipelinejob_operator.build.names import GATE, MEMBERSHIP_ANNOTATION
+from pipelinejob_operator.build.names import FIELD_MANAGER, GATE, MEMBERSHIP_ANNOTATION
 from pipelinejob_operator.build.pods import without_restart_in_place
 from pipelinejob_operator.controller.actions import (
     Action,
@@ -174,21 +174,27 @@ class Executor:
         return None
 
     async def _apply(self, job: Job, manifest: Manifest) -> Refused | None:
-        """Create an object or bring it in line; nothing is written where its hash is as wanted."""
+        """Create an object or bring it in line; nothing is written where its hash is as wanted.
+
+        What no job controls, several share: each applies it in its own name, so that they do not undo each other's.
+        """
         kind, meta = manifest["kind"], manifest["metadata"]
+        shared = not any(owner["controller"] for owner in meta["ownerReferences"])
+        suffix = f"-{job.uid}" if shared else ""
+        annotation = HASH_ANNOTATION + suffix
         prefix = "/apis" if "/" in manifest["apiVersion"] else "/api"
         resource = Resource(f"{prefix}/{manifest['apiVersion']}", PLURALS[kind])
         wanted = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
         found = await self._kubernetes.get(resource, meta["namespace"], meta["name"])
         what = f"{kind} {meta['name']}"
         if found is not None:
-            if owner := _other_owner(job, found):
+            if owner := _stranger(found) if shared else _other_owner(job, found):
                 return Refused(what, Reason.NAME_TAKEN, f"one of that name exists and belongs to {owner}")
-            if found["metadata"].get("annotations", {}).get(HASH_ANNOTATION) == wanted:
+            if found["metadata"].get("annotations", {}).get(annotation) == wanted:
                 return None
         try:
             await self._kubernetes.apply(
-                resource, manifest | {"metadata": meta | {"annotations": {HASH_ANNOTATION: wanted}}}
+                resource, manifest | {"metadata": meta | {"annotations": {annotation: wanted}}}, FIELD_MANAGER + suffix
             )
         except ApiError as error:
             if error.code in (FORBIDDEN, UNPROCESSABLE):
@@ -237,3 +243,12 @@ def _other_owner(job: Job, found: Manifest) -> str:
     if owner["uid"] == job.uid:
         return ""
     return f"{owner['kind']} {owner['name']} (uid {owner['uid']})"
+
+
+def _stranger(found: Manifest) -> str:
+    """Name the owner of an object that jobs do not share; empty where they do."""
+    owners = found["metadata"].get("ownerReferences", ())
+    if not owners:
+        return "nobody"
+    stranger = next((item for item in owners if item["kind"] != KIND or item.get("controller")), None)
+    return f"{stranger['kind']} {stranger['name']} (uid {stranger['uid']})" if stranger else ""

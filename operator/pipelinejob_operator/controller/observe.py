@@ -7,7 +7,7 @@ from datetime import datetime
 from pydantic import ValidationError
 
 from pipelinejob_operator.build.job import Job
-from pipelinejob_operator.build.names import JOB_UID_LABEL, SPARE_LABEL, front_name
+from pipelinejob_operator.build.names import FRONT_LABEL, JOB_UID_LABEL, SPARE_LABEL, front_name
 from pipelinejob_operator.build.source import SourceJob
 from pipelinejob_operator.controller import serving
 from pipelinejob_operator.controller.observed import Gang, Observed, Refusal
@@ -95,7 +95,9 @@ class Observer:
         if job.spec.serve is None:
             return seen
         manifest = await self._kubernetes.get(DEPLOYMENTS, job.namespace, front_name(job.name))
-        return replace(seen, fronts=serving.fronts(manifest) if manifest else None)
+        labels = map(_labels, self._cache.pods(Key(job.namespace, job.name)))
+        pods = sum(item.get(FRONT_LABEL) == job.uid for item in labels)
+        return replace(seen, fronts=serving.fronts(manifest, pods) if manifest else None)
 
     async def _scheduler_served(self, job: Job) -> bool:
         delegate = delegation.wanted(job.spec.placement)

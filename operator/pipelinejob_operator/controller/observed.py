@@ -31,6 +31,8 @@ class Fronts:
     wanted: int = 0
     """Replicas that it was last asked for."""
     ready: int = 0
+    pods: int = 0
+    """How many there are, those that are leaving included."""
     problem: str = ""
     """Why pods of it cannot be made, in the words of the API server."""
 

@@ -200,6 +200,11 @@ def _succeed(d: Decision) -> Decision:
 
 def _suspend(d: Decision) -> Decision:
     d.draft.set(start_time=None)
+    if d.seen.fronts and d.seen.fronts.pods and d.gang.current:
+        message = "spec.suspend is set; the fronts end the requests that they have accepted"
+        d.say(ConditionType.SUSPENDED, Reason.STOPPING, message)
+        d.say(ConditionType.RUNNING, Reason.STOPPING, message)
+        return d
     message = "spec.suspend is set; the stage pods are on their way out" + _lost_progress(d)
     if ladder.suspend(d):
         d.say(ConditionType.SUSPENDED, Reason.STOPPING, message)

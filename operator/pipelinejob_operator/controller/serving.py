@@ -19,13 +19,14 @@ AT_REST = frozenset({Reason.SUSPENDED, Reason.STOPPING, Reason.FINISHED, Reason.
 """Reasons why nothing shall run: then there is nothing to be answered, and no front is needed."""
 
 
-def fronts(manifest: dict[str, Any]) -> Fronts:
-    """Read the fronts' Deployment."""
+def fronts(manifest: dict[str, Any], pods: int) -> Fronts:
+    """Read the fronts' Deployment. ``pods``: how many of its pods there are."""
     status = manifest.get("status", {})
     failures = [item for item in status.get("conditions", []) if item["type"] == "ReplicaFailure"]
     return Fronts(
         wanted=manifest["spec"].get("replicas", 1),
         ready=status.get("readyReplicas", 0),
+        pods=pods,
         problem=failures[0].get("message", "") if failures else "",
     )
 

@@ -121,8 +121,8 @@ class Kubernetes:
         path = _path(resource, manifest["metadata"]["namespace"])
         return await self._send("POST", path, manifest, query=[("dryRun", "All")])
 
-    async def apply(self, resource: Resource, manifest: Manifest) -> Manifest:
-        """Create or update an object by server-side apply."""
+    async def apply(self, resource: Resource, manifest: Manifest, manager: str = FIELD_MANAGER) -> Manifest:
+        """Create or update an object by server-side apply; what another ``manager`` has said of it stays."""
         self._may_write()
         meta = manifest["metadata"]
         return await self._send(
@@ -130,7 +130,7 @@ class Kubernetes:
             _path(resource, meta["namespace"], meta["name"]),
             manifest,
             content_type="application/apply-patch+yaml",
-            query=[("fieldManager", FIELD_MANAGER), ("force", "true")],
+            query=[("fieldManager", manager), ("force", "true")],
         )
 
     async def json_patch(

@@ -12,7 +12,9 @@ from tests.e2e.conftest import TEXT
 from tests.e2e.serving import FRONT, Clients, continued, secured, stages, wait_until_busy
 
 CLIENTS = 200
-OUTPUT = 64
+EACH = 2
+"""Requests of each client at a time: so many that the status, which is seconds old, still finds them under way."""
+OUTPUT = 96
 STEPS = 60
 PROMPTS = ["import os", "def ", "class Reader:\n", "for", "    return self.", "from typing import Any, ", "x = [", "#"]
 MODEL = {"preset": {"name": "gpt", "layers": 4, "width": 32, "heads": 2, "context": 128}}
@@ -60,7 +62,7 @@ def test_every_accepted_request_is_answered_whatever_dies(namespace: kit.Namespa
     clients = Clients.start(namespace, min(fronts))
     asked: list[dict[str, Any]] = [
         {"prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": OUTPUT, "temperature": 0, "stream": True}
-        for number in range(CLIENTS)
+        for number in range(EACH * CLIENTS)
     ]
 
     def answered_through(fault: Callable[[], Any]) -> None:

@@ -164,3 +164,44 @@ async def test_fronts_that_cannot_be_made_are_explained(
         await eventually(lambda: api.job(namespace, "served"), state("Running"))
         job = await eventually(lambda: api.job(namespace, "served"), lambda job: words in message(job, "Available"))
         assert conditions(job)["Available"] == ("False", "FrontsNotReady")
+
+
+async def test_jobs_share_a_service_and_each_owns_it(
+    api: Api, namespace: str, kubelet: Kubelet, operator: Callable[..., Operator]
+) -> None:
+    shared = {"sharedService": "chat", "modelName": "chat"}
+    with running(operator()):
+        await train(api, namespace, step=50)
+        for name, port in (("served", 8000), ("following", 80)):
+            await api.create(JOBS, serving(namespace, name, serve={**shared, "port": port}))
+            await eventually(lambda name=name: api.job(namespace, name), state("Running"))
+        service = await eventually(
+            lambda: api.get(SERVICES, namespace, "chat"),
+            lambda found: found is not None and len(found["metadata"]["ownerReferences"]) == 2,
+        )
+        assert service is not None
+        assert {owner["name"] for owner in service["metadata"]["ownerReferences"]} == {"served", "following"}
+        assert service["spec"]["selector"] == {"pipelinejob.dev/service": "chat"}
+        assert {port["port"] for port in service["spec"]["ports"]} == {80, 8000}
+
+
+async def test_a_service_of_somebody_else_is_not_shared(
+    api: Api, namespace: str, kubelet: Kubelet, operator: Callable[..., Operator]
+) -> None:
+    theirs = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "chat", "namespace": namespace},
+        "spec": {"selector": {"app": "theirs"}, "ports": [{"port": 80}]},
+    }
+    with running(operator()):
+        await train(api, namespace, step=50)
+        await api.create(SERVICES, theirs)
+        await api.create(JOBS, serving(namespace, serve={"sharedService": "chat"}))
+        job = await eventually(
+            lambda: api.job(namespace, "served"), lambda job: conditions(job).get("Placed") == ("False", "NameTaken")
+        )
+        assert "Service chat" in message(job, "Placed") and "belongs to nobody" in message(job, "Placed")
+        found = await api.get(SERVICES, namespace, "chat")
+        assert found is not None
+        assert found["spec"]["selector"] == {"app": "theirs"}

@@ -107,6 +107,19 @@ class TestFronts:
         labels = objects(served())["Deployment/tiny-front"]["spec"]["template"]["metadata"]["labels"]
         assert spec["selector"].items() <= labels.items()
 
+    def test_jobs_that_share_a_service_are_all_behind_it_and_it_goes_with_the_last(self) -> None:
+        made = objects(served(serve={"sharedService": "chat", "port": 80}))
+        service, labels = made["Service/chat"], made["Deployment/tiny-front"]["spec"]["template"]["metadata"]["labels"]
+        assert service["spec"]["selector"].items() <= labels.items()
+        assert service["spec"]["ports"] == [{"name": "http-80", "port": 80, "targetPort": 8000, "protocol": "TCP"}]
+        (owner,) = service["metadata"]["ownerReferences"]
+        assert (owner["name"], owner["controller"]) == ("tiny", False)
+        assert made["Service/tiny-front"]["spec"]["selector"] == {"pipelinejob.dev/front": "job-uid"}
+
+    def test_clients_call_the_model_as_the_spec_says_or_by_the_name_of_the_job(self) -> None:
+        assert variables(served())["PIPELINEJOB_FRONT_MODEL"] == "tiny"
+        assert variables(served(serve={"modelName": "chat"}))["PIPELINEJOB_FRONT_MODEL"] == "chat"
+
     def test_there_are_as_many_as_the_spec_says(self) -> None:
         assert objects(served(serve={"fronts": 3}))["Deployment/tiny-front"]["spec"]["replicas"] == 3
 
@@ -383,6 +396,15 @@ class TestLife:
         assert [action.manifest["spec"]["replicas"] for action in made.actions] == [0]  # type: ignore[union-attr]
         assert available(made) == ("False", "Suspended")
         assert kinds(decide(some, fronts=Fronts(wanted=0))) == []
+
+    def test_suspended_it_stops_its_stages_only_when_the_fronts_have_ended_their_requests(self) -> None:
+        some = served(settled(served(), *pods()).status, suspend=True)
+        made = decide(some, *pods(), fronts=Fronts(wanted=2, ready=2, pods=2))
+        assert kinds(made) == ["ApplyObject"]
+        assert message(made, "Suspended") == "spec.suspend is set; the fronts end the requests that they have accepted"
+        assert kinds(decide(some, *pods(), fronts=Fronts(wanted=0, pods=1))) == []
+        then = message(decide(some, *pods(), fronts=Fronts(wanted=0)), "Suspended")
+        assert then.startswith("spec.suspend is set; the stage pods are on their way out")
 
     def test_finished_it_has_no_fronts(self) -> None:
         end = Condition(

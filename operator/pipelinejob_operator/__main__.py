@@ -85,7 +85,7 @@ async def run(settings: Settings) -> int:
             for number in range(WORKERS)
         },
         # Last: when it ends, it ends what began later.
-        "watch": watch(cache, inventory, queue.add, settings.watch_namespace),
+        "watch": watch(cache, inventory, queue.add, relist.soon, settings.watch_namespace),
     }
     tasks = [asyncio.create_task(part, name=name) for name, part in parts.items()]
     try:

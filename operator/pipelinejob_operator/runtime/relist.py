@@ -1,8 +1,14 @@
-"""The paginated re-list, the watch's safety net: it drops what the watch missed the deletion of."""
+"""The paginated re-list, the watch's safety net: it drops what the watch missed the deletion of.
+
+kopf says nothing of what was deleted while its watch was away for so long that it had to begin with a list of its own
+(``continuous_watch`` in ``kopf/_cogs/clients/watching.py``), for instance after a restart of the API server. So such a
+list is followed by one of ours; and one comes every few minutes, whatever happens.
+"""
 
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import suppress
 
 import aiohttp
 import structlog
@@ -15,6 +21,8 @@ from pipelinejob_operator.runtime.inventory import Inventory
 
 JITTER = 0.1
 RETRY_SECONDS = 2.0
+SETTLE_SECONDS = 0.5
+"""kopf's list tells of many objects; one list of ours follows."""
 POD_SELECTOR = f"{MANAGED_BY_LABEL}={MANAGED_BY}"
 
 log = structlog.get_logger(__name__)
@@ -39,17 +47,26 @@ class Relist:
         self._seconds, self._clock, self._wake = seconds, clock, wake
         self.last_success: float | None = None
         self.synced = asyncio.Event()
+        self._wanted = asyncio.Event()
+
+    def soon(self) -> None:
+        """List soon: the watch has begun anew."""
+        self._wanted.set()
 
     async def run(self) -> None:
         """List for ever; a failure is tried again soon."""
         while True:
+            self._wanted.clear()
             try:
                 await self._once()
             except (ApiError, aiohttp.ClientError, TimeoutError) as error:
                 log.warning("cannot list", error=str(error))
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            await asyncio.sleep(self._seconds * (1 + random.uniform(-JITTER, JITTER)))  # noqa: S311 - spreads load
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._seconds * (1 + random.uniform(-JITTER, JITTER))):  # noqa: S311 - spreads load
+                    await self._wanted.wait()
+                    await asyncio.sleep(SETTLE_SECONDS)
 
     async def _once(self) -> None:
         first = not self.synced.is_set()

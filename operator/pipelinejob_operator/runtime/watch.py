@@ -47,8 +47,13 @@ def settings(*, all_pods: bool) -> kopf.OperatorSettings:
     return made
 
 
-def registry(cache: Cache, inventory: Inventory | None, wake: Callable[[Key], None]) -> kopf.OperatorRegistry:
-    """Handlers that keep the cache and the inventory current and wake the jobs concerned."""
+def registry(
+    cache: Cache, inventory: Inventory | None, wake: Callable[[Key], None], listed: Callable[[], None]
+) -> kopf.OperatorRegistry:
+    """Handlers that keep the cache and the inventory current and wake the jobs concerned.
+
+    ``listed``: told of each object that kopf has found by a list and not by the watch; its events have no type.
+    """
     made = kopf.OperatorRegistry()
     kopf.on.login(registry=made)(kopf.login_via_client)
 
@@ -56,6 +61,8 @@ def registry(cache: Cache, inventory: Inventory | None, wake: Callable[[Key], No
     async def job_event(*, event: kopf.RawEvent, **_: Any) -> None:
         manifest: dict[str, Any] = dict(event["object"])
         meta = manifest["metadata"]
+        if event["type"] is None:
+            listed()
         key = Key(meta["namespace"], meta["name"])
         changed = cache.drop_job(key, meta["uid"]) if event["type"] == "DELETED" else cache.put_job(manifest)
         if changed:
@@ -65,6 +72,8 @@ def registry(cache: Cache, inventory: Inventory | None, wake: Callable[[Key], No
     async def pod_event(*, event: kopf.RawEvent, **_: Any) -> None:
         manifest: dict[str, Any] = dict(event["object"])
         meta, deleted = manifest["metadata"], event["type"] == "DELETED"
+        if event["type"] is None:
+            listed()
         if inventory is not None:
             if deleted:
                 inventory.drop_pod(meta["uid"])
@@ -82,6 +91,8 @@ def registry(cache: Cache, inventory: Inventory | None, wake: Callable[[Key], No
         @kopf.on.event("v1", "nodes", registry=made)
         async def node_event(*, event: kopf.RawEvent, **_: Any) -> None:
             manifest: dict[str, Any] = dict(event["object"])
+            if event["type"] is None:
+                listed()
             if event["type"] == "DELETED":
                 inventory.drop_node(manifest["metadata"]["name"], manifest["metadata"]["uid"])
             else:
@@ -90,13 +101,19 @@ def registry(cache: Cache, inventory: Inventory | None, wake: Callable[[Key], No
     return made
 
 
-async def watch(cache: Cache, inventory: Inventory | None, wake: Callable[[Key], None], namespace: str) -> None:
+async def watch(
+    cache: Cache,
+    inventory: Inventory | None,
+    wake: Callable[[Key], None],
+    listed: Callable[[], None],
+    namespace: str,
+) -> None:
     """Watch jobs and their pods, in one namespace or in all (empty), until a signal, which kopf handles.
 
     With an ``inventory`` also all other pods, and nodes.
     """
     await kopf.operator(
-        registry=registry(cache, inventory, wake),
+        registry=registry(cache, inventory, wake, listed),
         settings=settings(all_pods=inventory is not None),
         standalone=True,
         clusterwide=not namespace,

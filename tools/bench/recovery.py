@@ -184,8 +184,8 @@ def measure_rescale(name: str, **model: int) -> list[Json]:
 def _moving_seconds(scene: Scene) -> float:
     """How long the newest move of layers has taken the slowest agent, as the agents log it."""
     told = []
-    for pod in scene.job.pods():
-        for line in kit.kubectl("logs", pod["metadata"]["name"], "-n", scene.job.namespace.name).splitlines():
+    for seen in scene.by_stage().values():  # others are on their way out
+        for line in kit.kubectl("logs", seen.pod.name, "-n", scene.job.namespace.name).splitlines():
             if MOVED in line:
                 record = json.loads(line)
                 told.append((record["step"], record["seconds"]))

@@ -240,9 +240,7 @@ def _other_owner(job: Job, found: Manifest) -> str:
     owner = next((item for item in found["metadata"].get("ownerReferences", ()) if item.get("controller")), None)
     if owner is None:
         return "nobody"
-    if owner["uid"] == job.uid:
-        return ""
-    return f"{owner['kind']} {owner['name']} (uid {owner['uid']})"
+    return "" if owner["uid"] == job.uid else _described(owner)
 
 
 def _stranger(found: Manifest) -> str:
@@ -251,4 +249,8 @@ def _stranger(found: Manifest) -> str:
     if not owners:
         return "nobody"
     stranger = next((item for item in owners if item["kind"] != KIND or item.get("controller")), None)
-    return f"{stranger['kind']} {stranger['name']} (uid {stranger['uid']})" if stranger else ""
+    return _described(stranger) if stranger else ""
+
+
+def _described(owner: Manifest) -> str:
+    return f"{owner['kind']} {owner['name']} (uid {owner['uid']})"

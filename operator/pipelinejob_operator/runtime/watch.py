@@ -57,23 +57,25 @@ def registry(
     made = kopf.OperatorRegistry()
     kopf.on.login(registry=made)(kopf.login_via_client)
 
-    @kopf.on.event(GROUP, VERSION, PLURAL, registry=made)
-    async def job_event(*, event: kopf.RawEvent, **_: Any) -> None:
-        manifest: dict[str, Any] = dict(event["object"])
-        meta = manifest["metadata"]
+    def told(event: kopf.RawEvent) -> tuple[dict[str, Any], bool]:
+        """Return the object of an event, and whether it is gone."""
         if event["type"] is None:
             listed()
+        return dict(event["object"]), event["type"] == "DELETED"
+
+    @kopf.on.event(GROUP, VERSION, PLURAL, registry=made)
+    async def job_event(*, event: kopf.RawEvent, **_: Any) -> None:
+        manifest, deleted = told(event)
+        meta = manifest["metadata"]
         key = Key(meta["namespace"], meta["name"])
-        changed = cache.drop_job(key, meta["uid"]) if event["type"] == "DELETED" else cache.put_job(manifest)
+        changed = cache.drop_job(key, meta["uid"]) if deleted else cache.put_job(manifest)
         if changed:
             wake(key)
 
     @kopf.on.event("v1", "pods", registry=made)
     async def pod_event(*, event: kopf.RawEvent, **_: Any) -> None:
-        manifest: dict[str, Any] = dict(event["object"])
-        meta, deleted = manifest["metadata"], event["type"] == "DELETED"
-        if event["type"] is None:
-            listed()
+        manifest, deleted = told(event)
+        meta = manifest["metadata"]
         if inventory is not None:
             if deleted:
                 inventory.drop_pod(meta["uid"])
@@ -90,10 +92,8 @@ def registry(
 
         @kopf.on.event("v1", "nodes", registry=made)
         async def node_event(*, event: kopf.RawEvent, **_: Any) -> None:
-            manifest: dict[str, Any] = dict(event["object"])
-            if event["type"] is None:
-                listed()
-            if event["type"] == "DELETED":
+            manifest, deleted = told(event)
+            if deleted:
                 inventory.drop_node(manifest["metadata"]["name"], manifest["metadata"]["uid"])
             else:
                 inventory.put_node(manifest)

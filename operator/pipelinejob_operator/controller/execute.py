@@ -84,17 +84,22 @@ class Executor:
         return None
 
     async def write_status(self, job: Job, status: Status) -> None:
-        """Replace the status; 422 where the job is no longer the version that it was made from."""
-        written = await self._kubernetes.json_patch(
-            JOBS,
-            job.namespace,
-            job.name,
-            [
-                {"op": "test", "path": "/metadata/resourceVersion", "value": job.resource_version},
-                {"op": "add", "path": "/status", "value": render(status)},
-            ],
-            "status",
-        )
+        """Replace the status; 422 where the job is no longer the version that it was made from.
+
+        It is read again then: should the watch be behind, every later status would be refused as well.
+        """
+        operations: list[dict[str, Any]] = [
+            {"op": "test", "path": "/metadata/resourceVersion", "value": job.resource_version},
+            {"op": "add", "path": "/status", "value": render(status)},
+        ]
+        try:
+            written = await self._kubernetes.json_patch(JOBS, job.namespace, job.name, operations, "status")
+        except ApiError as error:
+            if error.code in (CONFLICT, UNPROCESSABLE) and (
+                newer := await self._kubernetes.get(JOBS, job.namespace, job.name)
+            ):
+                self._cache.put_job(newer)
+            raise
         metrics.WRITES.labels("status").inc()
         self._cache.put_job(written)
 

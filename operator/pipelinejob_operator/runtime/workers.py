@@ -15,6 +15,9 @@ from pipelinejob_operator.runtime.health import Health
 from pipelinejob_operator.runtime.leader import NotLeaderError
 from pipelinejob_operator.runtime.queue import WorkQueue
 
+NOT_ROUTINE_SECONDS = 3.0
+"""Who still reads what others have written over after a back-off this long has a watch that is behind."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -54,8 +57,9 @@ async def _one(key: Key, queue: WorkQueue[Key], reconciler: Reconciles) -> None:
         stale = error.code in (CONFLICT, UNPROCESSABLE)
         metrics.RECONCILES.labels("stale" if stale else "error").inc()
         seconds = queue.retry(key)
-        # Stale is routine: somebody wrote to the object since we read it.
-        log.log(10 if stale else 30, "reconcile failed", job=str(key), error=str(error), again_in=round(seconds, 1))
+        # Stale is routine, once or twice: somebody wrote to the object since we read it.
+        routine = stale and seconds < NOT_ROUTINE_SECONDS
+        log.log(10 if routine else 30, "reconcile failed", job=str(key), error=str(error), again_in=round(seconds, 1))
     except (aiohttp.ClientError, TimeoutError) as error:
         metrics.RECONCILES.labels("error").inc()
         log.warning("no answer", job=str(key), error=repr(error), again_in=round(queue.retry(key), 1))

@@ -7,6 +7,11 @@ import signal
 import urllib.request
 from collections.abc import Callable
 
+import pytest
+
+from pipelinejob_operator.build.job import Job
+from pipelinejob_operator.controller.execute import Executor
+from pipelinejob_operator.runtime.cache import Cache, Key
 from pipelinejob_operator.runtime.client import JOBS, LEASES, NODES, PODS, ApiError
 from pipelinejob_worker.protocol import ExitCode
 from tests.cluster.control_plane import ControlPlane
@@ -44,6 +49,26 @@ async def test_a_pod_that_vanished_while_the_watch_was_cut_is_found_as_soon_as_t
         assert job["status"]["firstFailure"]["stage"] == 1
         job = await eventually(lambda: api.job(namespace), state("Running"))
         assert job["status"]["attempt"] == 1
+
+
+async def test_a_status_that_is_refused_as_stale_shows_what_the_watch_has_not_told(api: Api, namespace: str) -> None:
+    """Nothing here watches, so the job's copy stays behind for ever unless the refusal itself mends it."""
+    cache, key = Cache(), Key(namespace, "tiny")
+    cache.put_job(await api.create(JOBS, job_manifest(namespace)))
+    await api.set_spec(namespace, stages=4)
+    executor = Executor(api, cache, None)
+
+    async def write() -> None:
+        manifest = cache.job(key)
+        assert manifest
+        job = Job.read(manifest)
+        await executor.write_status(job, job.status.model_copy(update={"epoch": 7}))
+
+    with pytest.raises(ApiError, match="422"):
+        await write()
+    await write()
+    job = await api.job(namespace)
+    assert (job["spec"]["stages"], job["status"]["epoch"]) == (4, 7)
 
 
 def delete_from_store(plane: ControlPlane, key: str) -> None:

@@ -1,6 +1,7 @@
 """Slots: what is valid is whole, also after a kill at any moment, a restart, a full volume or a flipped bit."""
 
 import asyncio
+import mmap
 import signal
 import socket
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from pipelinejob_worker.agent.zygote import Zygote
 from pipelinejob_worker.errors import ConfigurationError
 from pipelinejob_worker.recovery.pieces import Piece
-from pipelinejob_worker.recovery.slots import PAGE, SlotDamagedError, SlotMissingError, file_bytes
+from pipelinejob_worker.recovery.slots import PAGE, POPULATED_BYTES, SlotDamagedError, SlotMissingError, file_bytes
 from tests.unit.worker.recovery.snapshots import FIRST, SECOND, bytes_of, content, filled, held, store_in, write
 from tests.unit.worker.recovery.test_zygote import ENVIRONMENT
 
@@ -115,6 +116,18 @@ def test_all_memory_is_taken_at_once_and_a_volume_too_small_is_refused_before(me
     assert store.used_bytes() == needed
     store.retain({Piece(0)}, set())
     store.reserve({Piece(2): 0}, copied=True)
+
+
+def test_memory_is_taken_in_parts_so_that_others_have_their_turn(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watched(mmap.mmap):
+        def madvise(self, option: int, start: int = 0, length: int = 0) -> None:
+            parts.append((start, length))
+            super().madvise(option, start, length)
+
+    parts: list[tuple[int, int]] = []
+    monkeypatch.setattr(mmap, "mmap", Watched)
+    store_in(memory, limit_bytes=3 * POPULATED_BYTES).reserve({Piece(0): 2 * POPULATED_BYTES}, copied=False, slots=1)
+    assert parts == [(0, POPULATED_BYTES), (POPULATED_BYTES, POPULATED_BYTES), (2 * POPULATED_BYTES, PAGE)]
 
 
 def test_reserving_again_keeps_what_fits(memory: Path) -> None:

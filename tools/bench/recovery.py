@@ -22,7 +22,7 @@ from tests.e2e.chaos import catalog, verdict
 from tests.e2e.chaos.scene import CLAIM, Scene, spec, watched
 from tests.e2e.chaos.watch import Incarnation
 from tests.e2e.conftest import TEXT, install_anew
-from tools.bench import moving
+from tools.bench import moving, warmth
 
 STAGES = 4
 START_SECONDS = 240
@@ -49,6 +49,9 @@ LARGE = {"layers": 10, "ballast": 6_000_000}
 """A model of 12 layers with 72 MB of weights and moments each: on four stages at least 200 MB a stage."""
 
 LARGE_LAYER_BYTES = 72_000_000
+WARM_GIGABYTES = 4
+"""More than pods and workers take anew in one change of the number of stages."""
+
 LONG_STEP_SECONDS = 5.0
 LONG_LAYER_SECONDS = LONG_STEP_SECONDS / (3 * (STAGES + 4 - 1))
 """With 4 microbatches, 3 layers a stage, and no time for anything but sleeping."""
@@ -156,26 +159,28 @@ def measure_import() -> float:
     return statistics.median(runs)
 
 
-def measure_rescale(name: str, **model: int) -> list[Json]:
+def measure_rescale(name: str, warm_gigabytes: int = 0, **model: int) -> list[Json]:
     """Walk through numbers of stages; a pause is the time between two steps without that of a step.
 
     In a pause layers move, and then they are loaded, and what the new split needs is allocated in the first step; the
-    rate is of the moving alone.
+    rate is of the moving alone. ``warm_gigabytes`` of free memory are warmed before each change.
     """
     results = []
     with training(name, "Ladder", **model) as scene:
         for stages in WALK:
+            if warm_gigabytes:
+                warmth.warm(warm_gigabytes)
             begun, before, owners = scene.stages, scene.incarnation(), scene.owners()
             scene.rescale(stages)
             between = _pause(scene, before)
             scene.wait_settled(START_SECONDS, beyond=scene.watch.last_step() + 1)
             pause = between - scene.step_seconds()
             moved = sum(owner != owners[layer] for layer, owner in scene.owners().items())
-            result = {"from": begun, "to": stages, "pause_seconds": round(pause, 2)}
+            result: Json = {"from": begun, "to": stages, "pause_seconds": round(pause, 2)}
             if model:
                 moving = _moving_seconds(scene)
                 rate = round(moved * LARGE_LAYER_BYTES / 1e6 / moving)
-                result |= {"moving_seconds": moving, "megabytes_per_second": rate}
+                result |= {"moving_seconds": moving, "megabytes_per_second": rate, "warm": bool(warm_gigabytes)}
             print(f"{begun} to {stages} stages {name}: {pause:.2f} s, {moved} layers moved {result}", flush=True)
             results.append(result)
     return results
@@ -230,6 +235,7 @@ def _step_seconds(strategy: str) -> float:
 
 def main() -> None:
     """Measure all, and print the JSON line."""
+    first_touch = warmth.first_touch()  # before anything gives memory back
     install_anew()
     import_seconds = measure_import()
     faults = [
@@ -237,9 +243,17 @@ def main() -> None:
         *measure_faults("Ladder", 1),
         *measure_faults("RecreateAll", 0),
     ]
-    rescale = [*measure_rescale("tiny"), *measure_rescale("large", **LARGE)]
+    rescale = [
+        *measure_rescale("tiny"),
+        *measure_rescale("large", **LARGE),
+        *measure_rescale("large-warm", WARM_GIGABYTES, **LARGE),
+    ]
     told = {"faults": faults, "rescale": rescale, "snapshot_overhead": round(measure_overhead(), 4)}
-    bounds = {"import_seconds": round(import_seconds, 2), "moving_alone": measure_moving()}
+    bounds = {
+        "import_seconds": round(import_seconds, 2),
+        "moving_alone": measure_moving(),
+        "first_touch": first_touch,
+    }
     print(json.dumps({**told, **bounds}))
 
 

@@ -1,7 +1,8 @@
 """Our loop beside the shortest torch script with the same model and schedule: ``make bench-overhead``.
 
-Both run in turn, so that whatever else changes on the machine changes for both. Each run is a set of fresh processes;
-memory is the largest resident set of each, added up.
+A step of each in turn, in the same processes: the same step takes up to 17 % more processor time from one minute to the
+next on a machine that is shared, and so it does for both. Memory is the largest resident set of processes of one side
+alone, added up.
 """
 
 import json
@@ -25,14 +26,14 @@ from pipelinejob_worker.train.loop import StageLoop
 from tools.bench.stages import run_stages
 
 STAGES, MICROBATCHES, SAMPLES = 2, 8, 4
-PAIRS, STEPS = 5, 8
+PAIRS, STEPS = 5, 5
 WARM_UP_STEPS = 2
 """Not timed: memory is asked for the first time, of the optimizer too."""
 
 MODEL = Model(preset=Preset(name="gpt", layers=8, width=256, heads=8, context=128))
 TRAIN = Train(
     data=Data(files=["none"]),
-    steps=WARM_UP_STEPS + STEPS,
+    steps=WARM_UP_STEPS + PAIRS * STEPS,
     global_batch_size=MICROBATCHES * SAMPLES,
     microbatches=MICROBATCHES,
     schedule=Schedule(name="1F1B"),
@@ -67,28 +68,19 @@ def chunks() -> list[range]:
     return balanced(static_costs(model_of(MODEL), SAMPLES), list(range(STAGES)), [1.0] * STAGES).chunks
 
 
-def timed(group: Group, step: Callable[[int], float | None]) -> tuple[float, float, float | None]:
-    """Return the median time of a step after the warm-up, the largest resident set in MiB, and the last loss."""
-    seconds, loss = [], None
-    for number in range(WARM_UP_STEPS + STEPS):
-        distributed.barrier()
-        started = time.perf_counter()
-        loss = step(number)
-        distributed.barrier()
-        seconds.append(time.perf_counter() - started)
-    mebibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return statistics.median(seconds[WARM_UP_STEPS:]), mebibytes, loss
+Step = Callable[[int], float | None]
+"""Trains one step; returns the loss on the last stage."""
 
 
-def ours(group: Group) -> tuple[float, float, float | None]:
-    """Train with our loop."""
+def ours(group: Group) -> Step:
+    """Return a step of our loop."""
     schedule = build_schedule("1F1B", STAGES, 1, MICROBATCHES)
     loop = StageLoop(TRAIN, model_of(MODEL), schedule, chunks(), corpus=RandomText(), group=group)
-    return timed(group, lambda number: loop.step(number).loss)
+    return lambda number: loop.step(number).loss
 
 
-def plain_torch(group: Group) -> tuple[float, float, float | None]:
-    """Train with torch alone."""
+def plain_torch(group: Group) -> Step:
+    """Return a step of torch alone."""
     built = model_of(MODEL).build(chunks()[group.stage], TRAIN.seed)
     positions = torch.arange(128).expand(SAMPLES, -1)
 
@@ -137,37 +129,48 @@ def plain_torch(group: Group) -> tuple[float, float, float | None]:
         optimizer.step()
         return sum(loss.item() for loss in losses) if last else None
 
-    return timed(group, step)
+    return step
+
+
+SIDES = {"ours": ours, "torch": plain_torch}
+
+
+def seconds_in_turn(group: Group) -> dict[str, list[float]]:
+    """Train with both sides, a step of each in turn; return the seconds of their steps after the warm-up."""
+    steps = {name: side(group) for name, side in SIDES.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(WARM_UP_STEPS + PAIRS * STEPS):
+        for name in sorted(steps, reverse=bool(number % 2)):
+            distributed.barrier()
+            started = time.perf_counter()
+            steps[name](number)
+            distributed.barrier()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: taken[WARM_UP_STEPS:] for name, taken in seconds.items()}
+
+
+def largest_set(group: Group, name: str) -> float:
+    """Train with one side alone; return the largest resident set in MiB."""
+    step = SIDES[name](group)
+    for number in range(WARM_UP_STEPS + STEPS):
+        step(number)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
     """Print each pair, and the JSON line."""
     print(f"{STAGES} stages, 1F1B, {MICROBATCHES} microbatches, {MODEL.to_json()}\n")
-    print(f"{'pair':<6}{'ours s':>10}{'torch s':>10}{'ratio':>8}{'ours MiB':>11}{'torch MiB':>11}{'ratio':>8}")
-    times, memories = [], []
+    seconds = run_stages(STAGES, seconds_in_turn)[0]  # between two barriers: the same on all stages
+    print(f"{'pair':<6}{'ours s':>10}{'torch s':>10}{'ratio':>8}")
+    ratios = []
     for pair in range(PAIRS):
-        sides = [ours, plain_torch] if pair % 2 == 0 else [plain_torch, ours]
-        results = {side: run_stages(STAGES, side) for side in sides}
-        seconds, memory = zip(*(_total(results[side]) for side in (ours, plain_torch)), strict=True)
-        times.append(seconds[0] / seconds[1])
-        memories.append(memory[0] / memory[1])
-        print(
-            f"{pair + 1:<6}{seconds[0]:>10.3f}{seconds[1]:>10.3f}{times[-1]:>8.3f}"
-            f"{memory[0]:>11.0f}{memory[1]:>11.0f}{memories[-1]:>8.3f}",
-            flush=True,
-        )
-    print(
-        json.dumps(
-            {
-                "step_time_ratio": round(statistics.median(times), 4),
-                "memory_ratio": round(statistics.median(memories), 4),
-            }
-        )
-    )
-
-
-def _total(stages: list[tuple[float, float, float | None]]) -> tuple[float, float]:
-    return max(seconds for seconds, _, _ in stages), sum(mebibytes for _, mebibytes, _ in stages)
+        mine, its = (statistics.median(seconds[name][pair * STEPS : (pair + 1) * STEPS]) for name in SIDES)
+        ratios.append(mine / its)
+        print(f"{pair + 1:<6}{mine:>10.3f}{its:>10.3f}{ratios[-1]:>8.3f}")
+    mine, its = (sum(run_stages(STAGES, largest_set, name)) for name in SIDES)
+    print(f"{'MiB':<6}{mine:>10.0f}{its:>10.0f}{mine / its:>8.3f}")
+    told = {"step_time_ratio": round(statistics.median(ratios), 4), "memory_ratio": round(mine / its, 4)}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Faults and phases: what can happen to a job, what may be lost by it, and when it strikes."""
 
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -146,6 +147,9 @@ CUT_SECONDS = 4.0
 SLOW_SECONDS = 4.0
 AWAY_SECONDS = 3.0
 
+WATCHED_AGAIN_SECONDS = 60.0
+WATCHES_OF_PODS = re.compile(r'apiserver_longrunning_requests\{.*resource="pods",scope="cluster".*verb="WATCH"')
+
 
 @contextmanager
 def cut_link(scene: Scene, pods: Pods) -> Iterator[None]:
@@ -173,10 +177,22 @@ def kill_operator(scene: Scene, pods: Pods) -> Iterator[None]:
 
 @contextmanager
 def restart_api_server(scene: Scene, pods: Pods) -> Iterator[None]:
-    """It is killed and away for some seconds."""
+    """It is killed and away for some seconds.
+
+    The fault is over when all who watched pods do so again. Until then (half a minute, by client-go's back-off) a
+    kubelet lets a deleted pod run on, whose copies the network policy stops already: that would be a second fault.
+    """
+    watches = _watches_of_pods()
     with faults.stopped_api_server():
         pause(AWAY_SECONDS)
     yield
+    kit.wait_for(f"{watches} clients watch pods again", lambda: _watches_of_pods() >= watches, WATCHED_AGAIN_SECONDS)
+
+
+def _watches_of_pods() -> int:
+    """How many clients watch all pods, kubelets among them; none while the API server does not answer."""
+    metrics = kit.kubectl("get", "--raw", "/metrics", check=False)
+    return sum(int(line.split()[-1]) for line in metrics.splitlines() if WATCHES_OF_PODS.match(line))
 
 
 @contextmanager

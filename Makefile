@@ -83,7 +83,7 @@ chaos: $(VENV)/complete ## Let faults strike a job that trains, in an order that
 	$(PYTHON) -m tests.e2e.chaos $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGUMENTS)
 
 .PHONY: soak
-soak: $(VENV)/complete ## Serve clients of all sorts for MINUTES= (10), and see that no process grows; has not passed yet.
+soak: $(VENV)/complete ## Serve clients of all sorts for MINUTES= (10), and see that no process grows.
 	@source tests/cluster/use.sh; \
 	$(PYTHON) -m tests.e2e.soak $(if $(MINUTES),--minutes $(MINUTES))
 

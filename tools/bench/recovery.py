@@ -163,15 +163,18 @@ def measure_rescale(name: str, warm_gigabytes: int = 0, **model: int) -> list[Js
     """Walk through numbers of stages; a pause is the time between two steps without that of a step.
 
     In a pause layers move, and then they are loaded, and what the new split needs is allocated in the first step; the
-    rate is of the moving alone. ``warm_gigabytes`` of free memory are warmed before each change.
+    rate is of the moving alone. ``warm_gigabytes`` of free memory are warm when a change begins.
     """
     results = []
     with training(name, "Ladder", **model) as scene:
         for stages in WALK:
-            if warm_gigabytes:
-                warmth.warm(warm_gigabytes)
             begun, before, owners = scene.stages, scene.incarnation(), scene.owners()
-            scene.rescale(stages)
+            if warm_gigabytes:
+                with warmth.held(warm_gigabytes):
+                    scene.rescale(stages)
+                    _wait_for_new_pods(scene, stages)
+            else:
+                scene.rescale(stages)
             between = _pause(scene, before)
             scene.wait_settled(START_SECONDS, beyond=scene.watch.last_step() + 1)
             pause = between - scene.step_seconds()
@@ -184,6 +187,16 @@ def measure_rescale(name: str, warm_gigabytes: int = 0, **model: int) -> list[Js
             print(f"{begun} to {stages} stages {name}: {pause:.2f} s, {moved} layers moved {result}", flush=True)
             results.append(result)
     return results
+
+
+def _wait_for_new_pods(scene: Scene, stages: int) -> None:
+    """Wait until pods for so many stages have their imports behind them: the change begins then."""
+    if stages > len(scene.by_stage()):
+        kit.wait_for(
+            f"{stages} pods are ready",
+            lambda: kit.kubectl("get", "pods", "-n", scene.job.namespace.name).count("1/1") >= stages,
+            START_SECONDS,
+        )
 
 
 def _moving_seconds(scene: Scene) -> float:

@@ -7,7 +7,10 @@ to find each page again at its first touch. Memory is called warm when it has ju
 import mmap
 import multiprocessing
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 
 GIGABYTE = 1 << 30
 TOUCHED_GIGABYTES = 8
@@ -16,28 +19,44 @@ _MADV_POPULATE_WRITE = 23
 
 def first_touch() -> dict[str, int]:
     """Return the megabytes a second at which one process gets new memory: as the machine has it, and warm."""
-    cold = _in_a_process(TOUCHED_GIGABYTES)
-    return {"as_found": cold, "warm": _in_a_process(1)}
+    with held(TOUCHED_GIGABYTES) as memory:
+        cold = memory.megabytes_per_second
+    with held(1) as memory:
+        return {"as_found": cold, "warm": memory.megabytes_per_second}
 
 
-def warm(gigabytes: int) -> None:
-    """Have so much of the free memory warm for the next seconds."""
-    _in_a_process(gigabytes)
+class Held:
+    """Memory that another process has taken, and keeps from going cold."""
+
+    def __init__(self, process: SpawnProcess, end: Connection) -> None:
+        self._process, self._end = process, end
+        self.megabytes_per_second: int = end.recv()
+
+    def give_back(self) -> None:
+        """Have it free and, for a few seconds, warm."""
+        self._end.close()
+        self._process.join()
 
 
-def _in_a_process(gigabytes: int) -> int:
-    """Take memory and give it back by ending; return megabytes a second of taking."""
+@contextmanager
+def held(gigabytes: int) -> Iterator[Held]:
+    """Take memory in a process of its own; it is given back at the end, or before."""
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_take, args=(gigabytes, sender))
+    ours, its = context.Pipe()
+    process = context.Process(target=_take, args=(gigabytes, its))
     process.start()
-    process.join()
-    rate: int = receiver.recv()
-    return rate
+    its.close()
+    memory = Held(process, ours)
+    try:
+        yield memory
+    finally:
+        memory.give_back()
 
 
-def _take(gigabytes: int, tell: Connection) -> None:
+def _take(gigabytes: int, end: Connection) -> None:
     begun = time.perf_counter()
     memory = mmap.mmap(-1, gigabytes * GIGABYTE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(_MADV_POPULATE_WRITE)
-    tell.send(round(gigabytes * GIGABYTE / 1e6 / (time.perf_counter() - begun)))
+    end.send(round(gigabytes * GIGABYTE / 1e6 / (time.perf_counter() - begun)))
+    with suppress(EOFError):
+        end.recv()

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 
 GIGABYTE = 1 << 30
 TOUCHED_GIGABYTES = 8
@@ -19,38 +18,25 @@ _MADV_POPULATE_WRITE = 23
 
 def first_touch() -> dict[str, int]:
     """Return the megabytes a second at which one process gets new memory: as the machine has it, and warm."""
-    with held(TOUCHED_GIGABYTES) as memory:
-        cold = memory.megabytes_per_second
-    with held(1) as memory:
-        return {"as_found": cold, "warm": memory.megabytes_per_second}
-
-
-class Held:
-    """Memory that another process has taken, and keeps from going cold."""
-
-    def __init__(self, process: SpawnProcess, end: Connection) -> None:
-        self._process, self._end = process, end
-        self.megabytes_per_second: int = end.recv()
-
-    def give_back(self) -> None:
-        """Have it free and, for a few seconds, warm."""
-        self._end.close()
-        self._process.join()
+    with held(TOUCHED_GIGABYTES) as as_found:
+        pass
+    with held(1) as warm:
+        return {"as_found": as_found, "warm": warm}
 
 
 @contextmanager
-def held(gigabytes: int) -> Iterator[Held]:
-    """Take memory in a process of its own; it is given back at the end, or before."""
+def held(gigabytes: int) -> Iterator[int]:
+    """Have a process hold memory, which is free and warm afterwards; yields at how many megabytes a second it came."""
     context = multiprocessing.get_context("spawn")
     ours, its = context.Pipe()
     process = context.Process(target=_take, args=(gigabytes, its))
     process.start()
     its.close()
-    memory = Held(process, ours)
     try:
-        yield memory
+        yield ours.recv()
     finally:
-        memory.give_back()
+        ours.close()
+        process.join()
 
 
 def _take(gigabytes: int, end: Connection) -> None:

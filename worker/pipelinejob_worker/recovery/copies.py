@@ -40,12 +40,16 @@ log = structlog.get_logger()
 
 
 class _Route(NamedTuple):
-    """How to move pieces: to whom, in which incarnation, how fast, over how many connections."""
+    """How to move pieces: to whom, in which incarnation, how fast, over how many connections.
+
+    ``kept``: the connections are for the next step's pieces, too.
+    """
 
     address: Address
     incarnation: Incarnation
     pacer: Pacer
     connections: int
+    kept: bool
 
 
 class PieceClient:
@@ -57,6 +61,8 @@ class PieceClient:
         self._rank = rank
         self._reserved: Reserve | None = None
         self._reserved_by: tuple[Address, Incarnation] | None = None
+        self._idle: list[Connection] = []
+        self._idle_to: tuple[Address, Incarnation] | None = None
         self.traffic = traffic or Traffic()
 
     async def guard(
@@ -70,9 +76,10 @@ class PieceClient:
     ) -> None:
         """Have the agent at ``address`` hold copies of these own pieces; return when it holds them all.
 
-        Raises TransferError when it does not.
+        The connections stay open for the next step: a pod that is deleted while its node does not hear of it trains on,
+        but a network policy lets it make no new ones. Raises TransferError when it does not hold them.
         """
-        route = _Route(address, incarnation, Pacer(bytes_per_second), connections)
+        route = _Route(address, incarnation, Pacer(bytes_per_second), connections, kept=True)
         reserve = Reserve(pieces=[Sized(piece=held.piece, size=held.size) for held in pieces])
         if (self._reserved, self._reserved_by) != (reserve, (address, incarnation)):
             async with self._connected(route) as connection:
@@ -109,7 +116,7 @@ class PieceClient:
         local = by_source.pop(self._rank, [])
         transfers: list[Coroutine[None, None, None]] = [_in_thread(self._promote, local)]
         for source, pieces in by_source.items():
-            route = _Route(addresses[source], incarnation, Pacer(0), connections)
+            route = _Route(addresses[source], incarnation, Pacer(0), connections, kept=False)
             transfers.append(self._in_parallel(route, pieces, self._get))
         await _all(transfers)
 
@@ -148,19 +155,41 @@ class PieceClient:
 
         await _all([work() for _ in range(min(route.connections, len(left)))])
 
+    def release(self) -> None:
+        """Close what is kept open."""
+        while self._idle:
+            self._idle.pop().close()
+
     @asynccontextmanager
     async def _connected(self, route: _Route) -> AsyncIterator[Connection]:
+        connection = self._take(route)
         try:
-            connection = Connection(await connect(route.address), self.traffic, route.pacer)
-            try:
+            if connection is None:
+                connection = Connection(await connect(route.address), self.traffic)
                 await connection.send(Greeting(job_uid=self._job_uid, incarnation=route.incarnation, rank=self._rank))
                 await self._done(connection)
-                yield connection
-            finally:
-                connection.close()
+            connection.pacer = route.pacer
+            yield connection
+            if route.kept:
+                self._keep(route, connection)
+                connection = None
         except (OSError, TimeoutError, ValidationError, SlotMissingError, SlotDamagedError, ValueError) as error:
             what = str(error) or f"nothing moved for {STALL_SECONDS:g} s"
             raise TransferError(f"{route.address.host}:{route.address.port}: {what}") from error
+        finally:
+            if connection:
+                connection.close()
+
+    def _take(self, route: _Route) -> Connection | None:
+        to = (route.address, route.incarnation)
+        return self._idle.pop() if route.kept and self._idle and self._idle_to == to else None
+
+    def _keep(self, route: _Route, connection: Connection) -> None:
+        to = (route.address, route.incarnation)
+        if self._idle_to != to:
+            self.release()
+            self._idle_to = to
+        self._idle.append(connection)
 
     async def _request(self, connection: Connection, request: Request) -> Answer:
         await connection.send(request)

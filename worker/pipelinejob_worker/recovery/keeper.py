@@ -168,6 +168,7 @@ class Keeper:
             await asyncio.wait([guarding])
             if not guarding.cancelled():
                 guarding.result()
+        self._client.release()
 
     async def hand_over(self) -> None:
         """Wait until the newest snapshot is guarded, or the guard cannot be reached."""

@@ -66,7 +66,7 @@ class Connection:
     Methods raise OSError, TimeoutError when nothing moves, and TransferError when the stream makes no sense.
     """
 
-    def __init__(self, connection: socket.socket, traffic: Traffic, pacer: Pacer | None = None) -> None:
+    def __init__(self, connection: socket.socket, traffic: Traffic) -> None:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A node that has vanished answers with nothing: the kernel gives up what it has not acknowledged by then.
@@ -74,7 +74,8 @@ class Connection:
         self._socket = connection
         self._loop = asyncio.get_running_loop()
         self._traffic = traffic
-        self._pacer = pacer or Pacer(0)
+        self.pacer = Pacer(0)
+        """Of payloads that are sent."""
 
     async def send(self, message: Wire) -> None:
         """Send a frame."""
@@ -98,7 +99,7 @@ class Connection:
         """Send bytes at the pace that is set."""
         for start in range(0, len(payload), CHUNK_BYTES):
             chunk = payload[start : start + CHUNK_BYTES]
-            if delay := self._pacer.delay(len(chunk), time.monotonic()):
+            if delay := self.pacer.delay(len(chunk), time.monotonic()):
                 await asyncio.sleep(delay)
             async with asyncio.timeout(STALL_SECONDS):
                 await self._loop.sock_sendall(self._socket, chunk)

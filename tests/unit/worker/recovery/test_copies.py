@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipelinejob_worker.agent.zygote import Zygote
-from pipelinejob_worker.recovery import transport
+from pipelinejob_worker.recovery import copies, transport
 from pipelinejob_worker.recovery.agreement import Fetch
 from pipelinejob_worker.recovery.copies import PieceClient
 from pipelinejob_worker.recovery.piece_server import PieceServer
@@ -94,6 +94,36 @@ async def test_of_a_guarded_rank_the_two_newest_steps_are_held(start: Start) -> 
             write(owner.store, held(0, step))
         await owner.client.guard(guard.address, FIRST, [held(0, step)])
     assert [each.step for each in guard.store.held()] == [2, 3]
+
+
+async def test_copies_go_on_over_the_connections_that_are_there(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a pod that is deleted and lives: a network policy refuses its new connections only."""
+    owner, guard = await start(held(0, 1), held(1, 1)), await start()
+    await owner.client.guard(guard.address, FIRST, [held(0, 1), held(1, 1)])
+    with monkeypatch.context() as patched:
+        patched.setattr(copies, "connect", refused)
+        for step in (2, 3):
+            for layer in (0, 1):
+                write(owner.store, held(layer, step))
+            await owner.client.guard(guard.address, FIRST, [held(0, step), held(1, step)])
+    assert [each.step for each in guard.store.held()] == [2, 3, 2, 3]
+    assert guard.server.connections == 2
+    owner.client.release()
+    await until(lambda: guard.server.connections == 0)
+
+
+async def refused(address: Address) -> socket.socket:
+    raise ConnectionRefusedError(f"no new connection to {address}")
+
+
+async def test_a_connection_of_an_older_incarnation_is_not_used_again(start: Start) -> None:
+    owner, guard = await start(held(0, 1)), await start()
+    await owner.client.guard(guard.address, FIRST, [held(0, 1)])
+    await guard.server.advance(SECOND)
+    write(owner.store, held(0, 2, SECOND))
+    await owner.client.guard(guard.address, SECOND, [held(0, 2, SECOND)])
+    assert guard.store.held() == [held(0, 1, copied=True), held(0, 2, SECOND, copied=True)]
+    await until(lambda: guard.server.connections == 1)
 
 
 async def test_a_guard_that_has_given_up_its_slots_is_asked_for_them_again(start: Start) -> None:
@@ -193,7 +223,7 @@ async def test_a_sender_killed_in_mid_transfer_leaves_the_step_before(start: Sta
         assert [each.step for each in guard.store.held()] == [1]
         sender.send_signal(signal.SIGKILL)
         await sender.wait()
-    await until(lambda: not guard.server.connections)
+    await until(lambda: guard.server.connections == 1)  # the owner's, which is kept
     assert guard.server.traffic.received < 2 * BIG
     assert guard.store.held() == [copy_of(before)]
     await owner.client.guard(guard.address, FIRST, [torn])

@@ -180,7 +180,7 @@ def restart_api_server(scene: Scene, pods: Pods) -> Iterator[None]:
     """It is killed and away for some seconds.
 
     The fault is over when all who watched pods do so again. Until then (half a minute, by client-go's back-off) a
-    kubelet lets a deleted pod run on, whose copies the network policy stops already: that would be a second fault.
+    kubelet lets a deleted pod run on, whose new connections the network policy stops already: a second fault.
     """
     watches = _watches_of_pods()
     with faults.stopped_api_server():

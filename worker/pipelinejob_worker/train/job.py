@@ -1,5 +1,6 @@
 """Training a job as one of its stages: check, join, resume, train, save, leave."""
 
+import gc
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -112,7 +113,8 @@ class Trainer:
         Collective over all ranks.
         """
         if not (keep and self._built and self._built.fits(plan.schedule, plan.chunks, group.stage)):
-            self._built = None  # before others take its memory
+            self._built = None
+        gc.collect()  # layers that are wrapped are cycles: what is not needed any more, before others take its memory
         self._built = group.together(lambda: self._built or self._new(group, plan))
         return self._built
 

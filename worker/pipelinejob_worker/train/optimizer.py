@@ -39,8 +39,9 @@ class StageOptimizer:
         layers: Mapping[int, nn.Module],
         owned: Callable[[int, str], bool] = everything,
     ) -> None:
-        """Make moments of zero. ``layers``: by global index; ``owned`` is asked for index and parameter name.
+        """``layers``: by global index; ``owned`` is asked for index and parameter name.
 
+        Moments take no memory before they are needed: those of a state that is loaded come with it.
         Raises ConfigurationError for a trainable parameter that is not float32.
         """
         self.updates = 0
@@ -50,11 +51,11 @@ class StageOptimizer:
         self._trained = [parameter for parameter in self._owned.values() if parameter.requires_grad]
         self._moments = _moments(settings)
         self._torch = _torch_optimizer(settings, self._trained) if self._trained else None
-        for parameter in self._trained:
-            self._set_moments(parameter, {name: torch.zeros_like(parameter) for name in self._moments})
 
     def step(self, learning_rate: float) -> None:
         """Update the owned parameters that have a gradient."""
+        for parameter in self._trained:
+            self._have_moments(parameter)
         self.updates += 1
         if self._torch is None:
             return
@@ -111,7 +112,14 @@ class StageOptimizer:
         """Moments by our names."""
         if self._torch is None or not parameter.requires_grad:
             return {}
+        self._have_moments(parameter)
         return {moment: self._torch.state[parameter][key] for moment, key in self._moments.items()}
+
+    def _have_moments(self, parameter: nn.Parameter) -> None:
+        """Begin with moments of zero, unless there are some."""
+        assert self._torch is not None
+        if parameter not in self._torch.state:
+            self._set_moments(parameter, {name: torch.zeros_like(parameter) for name in self._moments})
 
     def _set_moments(self, parameter: nn.Parameter, moments: Mapping[str, torch.Tensor]) -> None:
         """Set moments by our names, as they are after ``updates`` updates."""

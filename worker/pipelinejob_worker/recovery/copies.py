@@ -114,7 +114,12 @@ class PieceClient:
         for fetch in fetches:
             by_source[fetch.source].append(fetch.held)
         local = by_source.pop(self._rank, [])
-        transfers: list[Coroutine[None, None, None]] = [_in_thread(self._promote, local)]
+        transfers: list[Coroutine[None, None, None]] = [
+            asyncio.to_thread(
+                self._store.populate, sizes, copied=False, slots=1
+            ),  # on another core, where there is one
+            _in_thread(self._promote, local),
+        ]
         for source, pieces in by_source.items():
             route = _Route(addresses[source], incarnation, Pacer(0), connections, kept=False)
             transfers.append(self._in_parallel(route, pieces, self._get))

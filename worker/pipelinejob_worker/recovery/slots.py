@@ -1,14 +1,15 @@
 """Snapshots in memory that outlives the worker and the agent: a file for each piece and slot.
 
-A file has its final size and all its memory from the start. Its first page is the header; *valid* there is cleared
-before the payload is touched and set after it is complete, so a process killed at any instruction leaves a valid slot
-or one that says that it is not. Stores to shared memory are not reordered by the death of a process; the checksum
-guards against errors of ours, and against a slot that is overwritten while it is sent.
+A file has its final size, and memory set aside for it, from the start. Its first page is the header; *valid* there is
+cleared before the payload is touched and set after it is complete, so a process killed at any instruction leaves a
+valid slot or one that says that it is not. Stores to shared memory are not reordered by the death of a process; the
+checksum guards against errors of ours, and against a slot that is overwritten while it is sent.
 
 The worker writes its own pieces; its agent writes those of the ranks it guards, and what it fetches while no worker
 runs. Both may read everything.
 """
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -42,6 +43,7 @@ _VALID_AT = 8
 _IDENTITY = "identity"
 _MADV_POPULATE_WRITE = 23
 """madvise(2); the mmap module knows it from Python 3.14 on."""
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -132,15 +134,19 @@ class SlotStore:
             self._unfit(sizes, copied, slots)
 
     def reserve(self, sizes: Mapping[Piece, int], *, copied: bool, slots: int = SLOTS) -> None:
-        """Have slots of ``sizes`` bytes for each piece, with all their memory; those that fit are kept as they are.
+        """Have slots of ``sizes`` bytes for each piece; those that fit are kept as they are.
 
+        Their memory is set aside, and comes page by page as it is written or by ``populate``.
         Raises ConfigurationError, before anything is changed, when the volume is too small.
         """
         with self._locked():
             for place, size in self._unfit(sizes, copied, slots).items():
                 self._create(place, size)
-        for place in _places_of(sizes, copied, slots):
-            self._map(place)
+
+    def populate(self, sizes: Mapping[Piece, int], *, copied: bool, slots: int = SLOTS) -> None:
+        """Have all pages of slots that are there; they may be in use meanwhile. Raises SlotMissingError."""
+        for memory in [self._map(place) for place in _places_of(sizes, copied, slots)]:
+            _populate(memory)
 
     def begin(self, held: Held) -> Writing:
         """Invalidate a slot of the piece and return it to be filled with what ``held`` describes.
@@ -288,7 +294,6 @@ class SlotStore:
             memory = mmap.mmap(descriptor, status.st_size, flags=mmap.MAP_SHARED)
         finally:
             os.close(descriptor)
-        _populate(memory)
         self._maps[place.name] = status.st_ino, memory
         return memory
 
@@ -316,17 +321,20 @@ class SlotStore:
 
 
 def _populate(memory: mmap.mmap) -> None:
-    """Have all pages now, so that nobody waits for one while a step is saved or received.
+    """Have all pages: where the hypervisor has taken unused memory back, a first touch takes 3 s a GB.
 
-    A part at a time: the call holds the interpreter's lock, and the agent has to answer others meanwhile. Where the
-    hypervisor has taken unused memory back, a first touch takes 3 s a GB.
+    Others have their turn meanwhile: mmap's own ``madvise`` would hold the interpreter's lock, and the kernel lets
+    nobody map memory during a call.
     """
+    mapped = ctypes.c_char.from_buffer(memory)
     for start in range(0, len(memory), POPULATED_BYTES):
-        try:
-            memory.madvise(_MADV_POPULATE_WRITE, start, min(POPULATED_BYTES, len(memory) - start))
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
+        length = min(POPULATED_BYTES, len(memory) - start)
+        if _LIBC.madvise(
+            ctypes.c_void_p(ctypes.addressof(mapped) + start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE
+        ):
+            error = ctypes.get_errno()
+            if error != errno.EINVAL:
+                raise OSError(error, os.strerror(error))
             return  # Linux before 5.14: pages come as they are written
 
 

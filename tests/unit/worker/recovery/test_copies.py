@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -19,7 +20,7 @@ from pipelinejob_worker.recovery.piece_server import PieceServer
 from pipelinejob_worker.recovery.pieces import Held, Incarnation
 from pipelinejob_worker.recovery.requests import Get, Greeting, Put
 from pipelinejob_worker.recovery.slots import PAGE, SlotStore
-from pipelinejob_worker.recovery.transport import Address, Pacer, TransferError
+from pipelinejob_worker.recovery.transport import CHUNK_BYTES, Address, Connection, Pacer, Traffic, TransferError
 from tests.unit.worker.recovery.snapshots import FIRST, SECOND, bytes_of, content, filled, held, store_in, until, write
 from tests.unit.worker.recovery.test_zygote import ENVIRONMENT
 
@@ -330,6 +331,38 @@ async def test_a_put_that_was_never_reserved_is_refused(start: Start) -> None:
     assert answers.count(b"refused") == 2
     assert b"no slot is reserved for piece 9-0-1" in answers
     writer.close()
+
+
+async def test_a_peer_that_never_lets_wait_leaves_others_their_turn() -> None:
+    """As where pages come slower than data: heartbeats have to go out all the same."""
+    size, turns = 8 * CHUNK_BYTES, 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    with socket.socket() as unconnected:
+        counting = asyncio.create_task(count())
+        connection = Connection(unconnected, Traffic())
+        connection._loop = cast(asyncio.AbstractEventLoop, Ready())
+        await connection.send_payload(memoryview(bytes(size)))
+        assert turns >= size / CHUNK_BYTES
+        turns = 0
+        await connection.receive_payload(memoryview(bytearray(size)))
+        assert turns >= size / CHUNK_BYTES - 1
+        counting.cancel()
+
+
+class Ready:
+    """A loop whose sockets always have data and room."""
+
+    async def sock_sendall(self, _socket: socket.socket, data: memoryview) -> None:
+        """All of it."""
+
+    async def sock_recv_into(self, _socket: socket.socket, memory: memoryview) -> int:
+        return len(memory)
 
 
 def test_a_pace_spreads_bytes_evenly_and_does_not_save_up_for_bursts() -> None:

@@ -111,7 +111,20 @@ def held_blobs(socket: Path) -> frozenset[str]:
 
 
 def import_image(socket: Path, blobs: Path, manifest: str, name: str) -> None:
-    """Import an image into a containerd, sending only the blobs that it lacks."""
+    """Import an image into a containerd, sending only the blobs that it lacks. Raises ClusterError.
+
+    containerd's garbage collector may remove a layer of an image that was replaced just as this one is built upon it.
+    What it has removed is missing when the import is tried again.
+    """
+    said = _import_once(socket, blobs, manifest, name)
+    if said and "does not exist" in said:
+        said = _import_once(socket, blobs, manifest, name)
+    if said:
+        raise ClusterError(f"importing {name} into {socket}: {said}")
+
+
+def _import_once(socket: Path, blobs: Path, manifest: str, name: str) -> str:
+    """Return why the import failed, nothing if it did not."""
     held = held_blobs(socket)
     command = [str(word) for word in (*ctr(socket), "image", "import", "-")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
@@ -123,8 +136,7 @@ def import_image(socket: Path, blobs: Path, manifest: str, name: str) -> None:
         except BrokenPipeError:
             pass  # it says why below
         said = process.stdout.read().decode(errors="replace")
-    if process.returncode:
-        raise ClusterError(f"importing {name} into {socket}: {said.strip()}")
+    return f"ctr ended with {process.returncode}: {said.strip()}" if process.returncode else ""
 
 
 @contextmanager

@@ -118,7 +118,7 @@ class PieceClient:
             asyncio.to_thread(
                 self._store.populate, sizes, copied=False, slots=1
             ),  # on another core, where there is one
-            _in_thread(self._promote, local),
+            in_thread(self._promote, local),
         ]
         for source, pieces in by_source.items():
             route = _Route(addresses[source], incarnation, Pacer(0), connections, kept=False)
@@ -226,7 +226,7 @@ async def _all(work: Sequence[Coroutine[None, None, None]]) -> None:
         task.result()
 
 
-async def _in_thread(function: Callable[..., None], *arguments: object) -> None:
+async def in_thread(function: Callable[..., None], *arguments: object) -> None:
     """Run in a thread; when cancelled, wait for its end, so that nothing writes to slots behind the caller's back."""
     thread = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:

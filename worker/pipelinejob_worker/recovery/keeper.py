@@ -8,7 +8,7 @@ import structlog
 
 from pipelinejob_worker.recovery import memory
 from pipelinejob_worker.recovery.agreement import assign
-from pipelinejob_worker.recovery.copies import PieceClient
+from pipelinejob_worker.recovery.copies import PieceClient, in_thread
 from pipelinejob_worker.recovery.cut import Cut
 from pipelinejob_worker.recovery.messages import FAILURES_TOLD, Join, Plan
 from pipelinejob_worker.recovery.piece_server import PieceServer
@@ -57,6 +57,7 @@ class Keeper:
         """The newest incarnation in which everything has been guarded where it belongs."""
 
         self._guarding: asyncio.Task[None] | None = None
+        self._giving_up: asyncio.Task[None] | None = None
         self.guard_problem = ""
         """Why the newest snapshot is not at the guard, empty if it is or is still on its way."""
         try:
@@ -153,7 +154,8 @@ class Keeper:
         assert self._plan
         if step > (self._plan.step or 0) and self._settled != self._plan.incarnation:
             own = {held.piece for held in self.store.held() if held.step == step and not held.copied}
-            self.store.retain(own, self._server.reserved)
+            # In a thread: giving gigabytes back takes longer than others wait for a sign of life.
+            self._giving_up = asyncio.create_task(in_thread(self.store.retain, own, self._server.reserved))
             self._settled = self._plan.incarnation
             self._on_settled()
         if self._guarding:
@@ -161,7 +163,10 @@ class Keeper:
         self._guarding = asyncio.create_task(self._guard(self._plan, step))
 
     async def leave(self) -> None:
-        """The incarnation is over: send no more copies of it."""
+        """The incarnation is over: send no more copies of it, and give up nothing of the next one."""
+        giving_up, self._giving_up = self._giving_up, None
+        if giving_up:
+            await giving_up
         guarding, self._guarding = self._guarding, None
         if guarding:
             guarding.cancel()

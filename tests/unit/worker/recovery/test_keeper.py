@@ -1,5 +1,7 @@
 """What an agent keeps: its successor in the same pod finds it, and nothing is kept for longer than it is needed."""
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from pipelinejob_worker.recovery.keeper import Keeper
 from pipelinejob_worker.recovery.memory import CRASHES_KEPT, Memory, load, save
 from pipelinejob_worker.recovery.messages import Plan
 from pipelinejob_worker.recovery.pieces import Incarnation, Lineage
+from pipelinejob_worker.recovery.slots import SlotStore
 from pipelinejob_worker.recovery.transport import Address
 from tests.unit.worker.recovery.snapshots import FIRST, filled, held, until, write
 
@@ -117,8 +120,34 @@ async def test_with_the_first_snapshot_above_the_plans_step_other_pieces_are_giv
     assert {each.piece.layer for each in keeper.store.held()} == {0, 1, 2, 3}, "nothing is given up yet"
     write(keeper.store, held(0, 7, Incarnation(1, 2)))
     keeper.protect(7)
-    assert {(each.piece.layer, each.copied) for each in keeper.store.held()} == {(0, False), (3, True)}
+    await until(lambda: {(each.piece.layer, each.copied) for each in keeper.store.held()} == {(0, False), (3, True)})
     assert keeper.join(epoch=1, world_size=2, leaving=1, node="", address=NOWHERE).present == 2
+
+
+async def test_no_incarnation_begins_while_pieces_are_given_up(
+    memory: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it could lose those that it has just reserved."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def retain(_self: SlotStore, _own: object, _copies: object) -> None:
+        begun.set()
+        assert may_end.wait(30)
+
+    monkeypatch.setattr(SlotStore, "retain", retain)
+    filled(memory / "0", held(0, 6)).close()
+    keeper = start(0)
+    addresses = (Address("127.0.0.1", keeper.start("127.0.0.1")), NOWHERE)
+    await keeper.apply(plan(*addresses, step=6, incarnation=Incarnation(1, 2)))
+    write(keeper.store, held(0, 7, Incarnation(1, 2)))
+    keeper.protect(7)
+    next_one = asyncio.create_task(keeper.apply(plan(*addresses, step=7, incarnation=Incarnation(1, 3))))
+    await until(begun.is_set)
+    done, _ = await asyncio.wait([next_one], timeout=0.2)
+    assert not done
+    may_end.set()
+    await next_one
+    assert keeper.memory.incarnation == Incarnation(1, 3)
 
 
 def test_crashes_and_the_last_causes_are_kept_within_bounds(memory: Path) -> None:

@@ -117,7 +117,7 @@ def import_image(socket: Path, blobs: Path, manifest: str, name: str) -> None:
     What it has removed is missing when the import is tried again.
     """
     said = _import_once(socket, blobs, manifest, name)
-    if said and "does not exist" in said:
+    if "does not exist" in said:
         said = _import_once(socket, blobs, manifest, name)
     if said:
         raise ClusterError(f"importing {name} into {socket}: {said}")

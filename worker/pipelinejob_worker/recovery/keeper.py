@@ -164,9 +164,6 @@ class Keeper:
 
     async def leave(self) -> None:
         """The incarnation is over: send no more copies of it, and give up nothing of the next one."""
-        giving_up, self._giving_up = self._giving_up, None
-        if giving_up:
-            await giving_up
         guarding, self._guarding = self._guarding, None
         if guarding:
             guarding.cancel()
@@ -174,6 +171,9 @@ class Keeper:
             if not guarding.cancelled():
                 guarding.result()
         self._client.release()
+        giving_up, self._giving_up = self._giving_up, None
+        if giving_up:
+            await giving_up
 
     async def hand_over(self) -> None:
         """Wait until the newest snapshot is guarded, or the guard cannot be reached."""

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 
+from pipelinejob_worker.recovery.pages import MADV_POPULATE_WRITE
+
 GIGABYTE = 1 << 30
 TOUCHED_GIGABYTES = 8
-_MADV_POPULATE_WRITE = 23
 
 
 def first_touch() -> dict[str, int]:
@@ -42,7 +43,7 @@ def held(gigabytes: int) -> Iterator[int]:
 def _take(gigabytes: int, end: Connection) -> None:
     begun = time.perf_counter()
     memory = mmap.mmap(-1, gigabytes * GIGABYTE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(_MADV_POPULATE_WRITE)
+    memory.madvise(MADV_POPULATE_WRITE)
     end.send(round(gigabytes * GIGABYTE / 1e6 / (time.perf_counter() - begun)))
     with suppress(EOFError):
         end.recv()

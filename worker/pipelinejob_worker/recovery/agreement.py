@@ -4,7 +4,7 @@ One rule for a crash, a lost pod, several of them and another number of stages: 
 is held by anyone present.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,10 +23,14 @@ class Holding(Wire):
 
 @dataclass(frozen=True)
 class Fetch:
-    """A piece that a rank lacks, and which rank has it: its own, if it is the copy that it keeps for another."""
+    """A piece that a rank lacks, and which rank has it: its own, if it is the copy that it keeps for another.
+
+    ``sole``: no other rank needs the layer, so that nobody will ask this rank to keep a copy of it.
+    """
 
     held: Held
     source: int
+    sole: bool = False
 
 
 def agree(inventories: Mapping[int, Iterable[Held]], lineage: Lineage) -> tuple[int, list[Holding]] | None:
@@ -57,6 +61,7 @@ def assign(holdings: Sequence[Holding], needs: Mapping[int, Collection[int]]) ->
     for holding in holdings:
         holders[holding.held.piece].append(holding)
     shares = complete_layers(holders)
+    needing = Counter(layer for layers in needs.values() for layer in set(layers))
     loads: dict[int, int] = defaultdict(int)
     fetches: dict[int, list[Fetch]] = {rank: [] for rank in needs}
     wanted = [
@@ -72,5 +77,5 @@ def assign(holdings: Sequence[Holding], needs: Mapping[int, Collection[int]]) ->
         source = here[0] if here else min(holders[piece], key=lambda holding: (loads[holding.rank], holding.rank))
         if not here:
             loads[source.rank] += source.held.size
-        fetches[rank].append(Fetch(source.held, source.rank))
+        fetches[rank].append(Fetch(source.held, source.rank, sole=needing[piece.layer] == 1))
     return fetches

@@ -7,6 +7,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain
 from typing import NamedTuple
 
 import structlog
@@ -107,18 +108,21 @@ class PieceClient:
 
         Raises TransferError, or ConfigurationError when there is no room for them.
         """
-        sizes = {fetch.held.piece: fetch.held.size for fetch in fetches}
-        # One slot is enough to recover; the worker has the other made while it computes.
-        await asyncio.to_thread(self._store.reserve, sizes, copied=False, slots=1)
+        adopted = [fetch.held for fetch in fetches if fetch.source == self._rank and fetch.sole]
+        duplicated = [fetch.held for fetch in fetches if fetch.source == self._rank and not fetch.sole]
         by_source: dict[int, list[Held]] = defaultdict(list)
         for fetch in fetches:
-            by_source[fetch.source].append(fetch.held)
-        local = by_source.pop(self._rank, [])
+            if fetch.source != self._rank:
+                by_source[fetch.source].append(fetch.held)
+        sizes = {held.piece: held.size for held in chain(duplicated, *by_source.values())}
+        # One slot is enough to recover; the worker has the other made while it computes.
+        await asyncio.to_thread(self._store.reserve, sizes, copied=False, slots=1)
         transfers: list[Coroutine[None, None, None]] = [
             asyncio.to_thread(
                 self._store.populate, sizes, copied=False, slots=1
             ),  # on another core, where there is one
-            in_thread(self._promote, local),
+            in_thread(self._own, self._store.adopt, adopted),
+            in_thread(self._own, self._duplicate, duplicated),
         ]
         for source, pieces in by_source.items():
             route = _Route(addresses[source], incarnation, Pacer(0), connections, kept=False)
@@ -136,16 +140,19 @@ class PieceClient:
             raise TransferError(f"piece {held.piece} of step {held.step} has changed on its way")
         writing.commit(checksum)
 
-    def _promote(self, pieces: Sequence[Held]) -> None:
-        """Copy the copies of others' pieces that this rank holds into slots of its own."""
-        for held in pieces:
+    def _own(self, take: Callable[[Held], None], copies: Sequence[Held]) -> None:
+        """Make copies of others' pieces that this rank holds its own."""
+        for held in copies:
             try:
-                payload, checksum = self._store.read(held.piece, held.step, copied=True)
+                take(held)
             except (SlotMissingError, SlotDamagedError) as error:
                 raise TransferError(str(error)) from error
-            writing = self._store.begin(held.model_copy(update={"copied": False}))
-            writing.payload[:] = payload
-            writing.commit(checksum)
+
+    def _duplicate(self, held: Held) -> None:
+        payload, checksum = self._store.read(held.piece, held.step, copied=True)
+        writing = self._store.begin(held.model_copy(update={"copied": False}))
+        writing.payload[:] = payload
+        writing.commit(checksum)
 
     async def _in_parallel(
         self, route: _Route, pieces: Sequence[Held], move: Callable[[Connection, Held], Awaitable[None]]

@@ -12,7 +12,7 @@ from pipelinejob_worker.recovery.copies import PieceClient, in_thread
 from pipelinejob_worker.recovery.cut import Cut
 from pipelinejob_worker.recovery.messages import FAILURES_TOLD, Join, Plan
 from pipelinejob_worker.recovery.piece_server import PieceServer
-from pipelinejob_worker.recovery.pieces import Incarnation
+from pipelinejob_worker.recovery.pieces import Held, Incarnation
 from pipelinejob_worker.recovery.slots import SlotStore
 from pipelinejob_worker.recovery.transport import Address, TransferError
 
@@ -53,6 +53,9 @@ class Keeper:
         self._server = PieceServer(self.store, job_uid, stored)
         self._client = PieceClient(self.store, job_uid, rank)
         self._plan: Plan | None = None
+        self._layers: Collection[int] | None = None
+        """Those of this rank in the present incarnation, as far as it had to ask for any."""
+
         self._settled: Incarnation | None = None
         """The newest incarnation in which everything has been guarded where it belongs."""
 
@@ -132,7 +135,7 @@ class Keeper:
         void = self.store.invalidate(
             lambda held: step is None or held.step > step or not plan.lineage.counts(held),
         )
-        self._plan = plan
+        self._plan, self._layers = plan, None
         await self._server.advance(plan.incarnation)
         log.info("a new incarnation", incarnation=str(plan.incarnation), step=step, void_pieces=len(void))
 
@@ -142,6 +145,7 @@ class Keeper:
         Raises TransferError, and ConfigurationError when there is no room.
         """
         assert self._plan
+        self._layers = set(needs[self._rank])
         fetches = assign(self._plan.holdings, needs)[self._rank]
         await self._client.fetch(dict(enumerate(self._plan.addresses)), self._plan.incarnation, fetches)
 
@@ -182,7 +186,7 @@ class Keeper:
 
     async def _guard(self, plan: Plan, step: int) -> None:
         guard = plan.guards[self._rank]
-        pieces = [held for held in self.store.held() if held.step == step and not held.copied]
+        pieces = [held for held in self.store.held() if held.step == step and not held.copied and self._has(held)]
         rate = sum(held.size for held in pieces) / self.copy_seconds if self.copy_seconds else 0.0
         while guard is not None:
             try:
@@ -196,3 +200,7 @@ class Keeper:
                 await asyncio.sleep(RETRY_SECONDS)
         self.guard_problem = ""
         self._on_guarded(step)
+
+    def _has(self, held: Held) -> bool:
+        """Whether it is of this rank's layers: those that another split took from it have another owner, and guard."""
+        return self._layers is None or held.piece.layer in self._layers

@@ -162,9 +162,6 @@ class PieceServer:
                 del self._writers[piece]
 
     async def _give(self, connection: Connection, get: Get) -> None:
-        held = get.held
-        if not self._store.holds(held):
-            raise SlotMissingError(f"piece {held.piece} of step {held.step}, by {held.written}, is not held")
-        payload, checksum = self._store.read(held.piece, held.step, copied=held.copied, verify=False)
+        payload, checksum = self._store.find(get.held)
         await connection.send(Answer(result="found", size=len(payload), checksum=checksum))
         await connection.send_payload(payload)

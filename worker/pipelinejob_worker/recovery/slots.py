@@ -9,8 +9,6 @@ The worker writes its own pieces; its agent writes those of the ranks it guards,
 runs. Both may read everything.
 """
 
-import ctypes
-import errno
 import fcntl
 import json
 import mmap
@@ -19,20 +17,18 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from pipelinejob_worker.errors import ConfigurationError
+from pipelinejob_worker.recovery import pages
 from pipelinejob_worker.recovery.pieces import Held, Incarnation, Piece
 from pipelinejob_worker.state.files import replace
 
 SLOTS = 2
 PAGE = 4096
-
-POPULATED_BYTES = 4 << 20
-"""A few milliseconds of work: 1.2 where memory is at hand, 12 where the hypervisor has to find it."""
 
 _HEADER = struct.Struct("<8s6QI")
 """Magic, valid, step, epoch, attempt, size of the payload, layers of the model, CRC-32 of the payload."""
@@ -41,9 +37,6 @@ _MAGIC = b"PJSLOT01"
 _VALID = struct.Struct("<Q")
 _VALID_AT = 8
 _IDENTITY = "identity"
-_MADV_POPULATE_WRITE = 23
-"""madvise(2); the mmap module knows it from Python 3.14 on."""
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -146,7 +139,7 @@ class SlotStore:
     def populate(self, sizes: Mapping[Piece, int], *, copied: bool, slots: int = SLOTS) -> None:
         """Have all pages of slots that are there; they may be in use meanwhile. Raises SlotMissingError."""
         for memory in [self._map(place) for place in _places_of(sizes, copied, slots)]:
-            _populate(memory)
+            pages.populate(memory)
 
     def begin(self, held: Held) -> Writing:
         """Invalidate a slot of the piece and return it to be filled with what ``held`` describes.
@@ -155,23 +148,25 @@ class SlotStore:
         Raises SlotMissingError when none is reserved or they are too small, ValueError when that very step of that
         incarnation is held already, or only newer ones.
         """
-        places = [Place(held.copied, held.piece, slot) for slot in range(SLOTS)]
-        headers = {place: self._header(place) for place in places}
-        if any(header and (header.step, header.written) == (held.step, held.written) for header in headers.values()):
-            raise ValueError(f"piece {held.piece} of step {held.step}, written by {held.written}, is held already")
-
-        def preference(place: Place) -> tuple[bool, int]:
-            header = headers[place]
-            return (header is not None and header.step != held.step, header.step if header else -1)
-
-        place = min(places, key=preference)
-        chosen = headers[place]
-        if chosen and chosen.step > held.step:
-            raise ValueError(f"piece {held.piece}: both slots hold newer steps than {held.step}")
+        place = self._next_place(held)
         memory = self._map(place)
         if held.size > len(memory) - PAGE:
             raise SlotMissingError(f"piece {held.piece} has {held.size} bytes; its slots hold {len(memory) - PAGE}")
         return Writing(memory, held)
+
+    def adopt(self, held: Held) -> None:
+        """Make the copy ``held`` an own piece, in the slot that ``begin`` would take: its file gets that name.
+
+        Raises SlotMissingError and SlotDamagedError, and ValueError like ``begin``.
+        """
+        self.read(held.piece, held.step, copied=True)[0].release()
+        with self._locked():
+            source = self._place(held)
+            if source is None:
+                raise _missing(held)
+            target = self._next_place(held.model_copy(update={"copied": False}))
+            (self._directory / source.name).replace(self._directory / target.name)
+            self._forget(source.name)
 
     def held(self) -> list[Held]:
         """Return all valid slots, own ones first, by piece and step."""
@@ -180,8 +175,18 @@ class SlotStore:
 
     def holds(self, held: Held) -> bool:
         """Whether exactly this is in a valid slot."""
-        places = [Place(held.copied, held.piece, slot) for slot in range(SLOTS)]
-        return any(header.describe(place) == held for place in places if (header := self._header(place)))
+        return self._place(held) is not None
+
+    def find(self, held: Held) -> tuple[memoryview, int]:
+        """Return the payload of exactly this, and its CRC-32; a copy may have been adopted since it was told of.
+
+        Raises SlotMissingError.
+        """
+        for copied in sorted({held.copied, False}, reverse=True):  # in this order an adoption meanwhile does no harm
+            if self.holds(held.model_copy(update={"copied": copied})):
+                with suppress(SlotMissingError):
+                    return self.read(held.piece, held.step, copied=copied, verify=False)
+        raise _missing(held)
 
     def read(self, piece: Piece, step: int, *, copied: bool, verify: bool = True) -> tuple[memoryview, int]:
         """Return the payload, which is the slot's own memory, and its CRC-32.
@@ -239,6 +244,28 @@ class SlotStore:
             yield
         finally:
             os.close(descriptor)
+
+    def _next_place(self, held: Held) -> Place:
+        """The slot to fill with this. Raises ValueError like ``begin``."""
+        places = [Place(held.copied, held.piece, slot) for slot in range(SLOTS)]
+        headers = {place: self._header(place) for place in places}
+        if any(header and (header.step, header.written) == (held.step, held.written) for header in headers.values()):
+            raise ValueError(f"piece {held.piece} of step {held.step}, written by {held.written}, is held already")
+
+        def preference(place: Place) -> tuple[bool, int]:
+            header = headers[place]
+            return (header is not None and header.step != held.step, header.step if header else -1)
+
+        place = min(places, key=preference)
+        chosen = headers[place]
+        if chosen and chosen.step > held.step:
+            raise ValueError(f"piece {held.piece}: both slots hold newer steps than {held.step}")
+        return place
+
+    def _place(self, held: Held) -> Place | None:
+        """Where exactly this is, None if it is not held."""
+        places = [Place(held.copied, held.piece, slot) for slot in range(SLOTS)]
+        return next((at for at in places if (header := self._header(at)) and header.describe(at) == held), None)
 
     def _places(self) -> list[Place]:
         return [place for path in self._directory.iterdir() if (place := _place_of(path.name))]
@@ -320,22 +347,8 @@ class SlotStore:
         return _Header(step, Incarnation(epoch, attempt), size, layers, checksum)
 
 
-def _populate(memory: mmap.mmap) -> None:
-    """Have all pages: where the hypervisor has taken unused memory back, a first touch takes 3 s a GB.
-
-    Others have their turn meanwhile: mmap's own ``madvise`` would hold the interpreter's lock, and the kernel lets
-    nobody map memory during a call.
-    """
-    mapped = ctypes.c_char.from_buffer(memory)
-    for start in range(0, len(memory), POPULATED_BYTES):
-        length = min(POPULATED_BYTES, len(memory) - start)
-        if _LIBC.madvise(
-            ctypes.c_void_p(ctypes.addressof(mapped) + start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE
-        ):
-            error = ctypes.get_errno()
-            if error != errno.EINVAL:
-                raise OSError(error, os.strerror(error))
-            return  # Linux before 5.14: pages come as they are written
+def _missing(held: Held) -> SlotMissingError:
+    return SlotMissingError(f"piece {held.piece} of step {held.step}, by {held.written}, is not held")
 
 
 def file_bytes(sizes: Mapping[Piece, int]) -> int:

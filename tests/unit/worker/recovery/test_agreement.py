@@ -71,7 +71,14 @@ def holdings(*ranks: list[Held]) -> list[Holding]:
 def test_an_owner_fetches_nothing_and_a_copy_at_hand_comes_before_one_elsewhere() -> None:
     here = holdings([held(0, 5)], [held(1, 5), held(0, 5, copied=True)], [held(2, 5), held(1, 5, copied=True)])
     assert assign(here, {0: [0], 1: [1], 2: [2]}) == {0: [], 1: [], 2: []}
-    assert assign(here, {1: [0, 1], 2: [2]}) == {1: [Fetch(held(0, 5, copied=True), 1)], 2: []}
+    assert assign(here, {1: [0, 1], 2: [2]}) == {1: [Fetch(held(0, 5, copied=True), 1, sole=True)], 2: []}
+
+
+def test_whoever_alone_needs_a_layer_is_told_so() -> None:
+    """It may make a copy that it keeps its own: nobody will ask it to keep that any more."""
+    here = holdings([held(0, 5, layers=2), held(1, 5, layers=2)], [])
+    fetches = assign(here, {0: [0], 1: [0, 1]})[1]
+    assert {fetch.held.piece.layer: fetch.sole for fetch in fetches} == {0: False, 1: True}
 
 
 def test_all_shares_of_a_layer_are_fetched() -> None:

@@ -17,7 +17,7 @@ from pipelinejob_worker.recovery import copies, transport
 from pipelinejob_worker.recovery.agreement import Fetch
 from pipelinejob_worker.recovery.copies import PieceClient
 from pipelinejob_worker.recovery.piece_server import PieceServer
-from pipelinejob_worker.recovery.pieces import Held, Incarnation
+from pipelinejob_worker.recovery.pieces import Held, Incarnation, Piece
 from pipelinejob_worker.recovery.requests import Get, Greeting, Put
 from pipelinejob_worker.recovery.slots import PAGE, SlotStore
 from pipelinejob_worker.recovery.transport import CHUNK_BYTES, Address, Connection, Pacer, Traffic, TransferError
@@ -255,6 +255,42 @@ async def test_a_damaged_source_fails_the_fetch_and_is_no_source_any_more(start:
     assert owner.store.held() == [held(0, 1)], "the next attempt takes an older step, or another holder"
 
 
+async def test_a_copy_at_hand_becomes_an_own_piece_in_the_same_memory(start: Start) -> None:
+    at_hand = held(0, 4, size=BIG, copied=True)
+    new = await start(at_hand)
+    room = new.store.used_bytes()
+    await new.client.fetch({}, FIRST, [Fetch(at_hand, 0, sole=True)])
+    assert new.store.held() == [held(0, 4, size=BIG)]
+    assert bytes_of(new.store, held(0, 4, size=BIG)) == content(at_hand)
+    assert new.store.used_bytes() == room
+
+
+async def test_a_copy_of_a_layer_that_others_need_too_is_kept_for_its_owner(start: Start) -> None:
+    """Each pipeline's copy of a stage owns the layer then, and may be asked to guard another's."""
+    at_hand = held(0, 4, copied=True)
+    new = await start(at_hand)
+    await new.client.fetch({}, FIRST, [Fetch(at_hand, 0, sole=False)])
+    assert new.store.held() == [held(0, 4), at_hand]
+
+
+async def test_a_copy_that_its_holder_has_adopted_meanwhile_is_given_all_the_same(start: Start) -> None:
+    told = held(0, 4, copied=True)
+    holder, new = await start(told), await start()
+    holder.store.adopt(told)
+    await new.client.fetch({0: holder.address}, FIRST, [Fetch(told, 0)])
+    assert bytes_of(new.store, held(0, 4)) == content(told)
+
+
+async def test_a_damaged_copy_at_hand_is_dropped(start: Start) -> None:
+    for sole in (True, False):
+        new = await start(held(0, 4, copied=True))
+        rank = new.client._rank
+        new.store.read(Piece(0), 4, copied=True)[0][500] ^= 1
+        with pytest.raises(TransferError, match="the checksum is wrong"):
+            await new.client.fetch({}, FIRST, [Fetch(held(0, 4, copied=True), rank, sole=sole)])
+        assert new.store.held() == []
+
+
 async def test_a_guard_without_room_says_so(start: Start) -> None:
     owner, guard = await start(held(0, 1, size=BIG)), await start(limit_bytes=BIG)
     with pytest.raises(TransferError, match=r"spec.recovery: the snapshots need \d+ bytes .* allowed: 3000000 in all"):
@@ -263,7 +299,7 @@ async def test_a_guard_without_room_says_so(start: Start) -> None:
 
 async def test_what_is_not_held_is_refused_and_the_connection_goes_on(start: Start) -> None:
     owner, new = await start(held(0, 1)), await start()
-    for wrong in (held(0, 2), held(1, 1), held(0, 1, SECOND), held(0, 1, copied=True), held(0, 1, size=7)):
+    for wrong in (held(0, 2), held(1, 1), held(0, 1, SECOND), held(1, 1, copied=True), held(0, 1, size=7)):
         with pytest.raises(TransferError, match="is not held"):
             await new.client.fetch({0: owner.address}, FIRST, [Fetch(wrong, 0)])
     await new.client.fetch({0: owner.address}, FIRST, [Fetch(held(0, 1), 0)])

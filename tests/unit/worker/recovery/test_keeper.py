@@ -2,13 +2,14 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from pipelinejob_worker.protocol import FAILURES_KEPT, FailureRecord
 from pipelinejob_worker.recovery import keeper as keeper_module
+from pipelinejob_worker.recovery.agreement import Holding
 from pipelinejob_worker.recovery.deadlines import Crash
 from pipelinejob_worker.recovery.keeper import Keeper
 from pipelinejob_worker.recovery.memory import CRASHES_KEPT, Memory, load, save
@@ -43,12 +44,14 @@ guarded: dict[int, list[int]] = {0: [], 1: []}
 """Steps that the guards of the ranks have acknowledged."""
 
 
-def plan(*addresses: Address, step: int | None, incarnation: Incarnation = FIRST) -> Plan:
+def plan(
+    *addresses: Address, step: int | None, incarnation: Incarnation = FIRST, holdings: Sequence[Holding] = ()
+) -> Plan:
     return Plan(
         incarnation=incarnation,
         step=step,
         lineage=Lineage().rolled_back(incarnation, step or 0),
-        holdings=[],
+        holdings=list(holdings),
         addresses=list(addresses),
         guards=[1, 0],
         rendezvous_port=1,
@@ -122,6 +125,24 @@ async def test_with_the_first_snapshot_above_the_plans_step_other_pieces_are_giv
     keeper.protect(7)
     await until(lambda: {(each.piece.layer, each.copied) for each in keeper.store.held()} == {(0, False), (3, True)})
     assert keeper.join(epoch=1, world_size=2, leaving=1, node="", address=NOWHERE).present == 2
+
+
+async def test_layers_that_another_split_has_taken_from_a_rank_are_not_copied_for_it(
+    memory: Path, start: Start
+) -> None:
+    """Their new owner has them copied, and a guard may have no room for both."""
+    filled(memory / "0", held(0, 6), held(1, 6)).close()
+    filled(memory / "1", held(2, 6), held(3, 6)).close()
+    keeper, other = start(0), start(1)
+    addresses = [Address("127.0.0.1", each.start("127.0.0.1")) for each in (keeper, other)]
+    here = [Holding(rank=rank, held=each) for rank, of in enumerate((keeper, other)) for each in of.store.held()]
+    for each in (keeper, other):
+        await each.apply(plan(*addresses, step=6, holdings=here))
+        await each.fetch({0: [0], 1: [1, 2, 3]})
+        each.protect(6)
+    await until(lambda: bool(guarded[0] and guarded[1]))
+    assert [each.piece.layer for each in other.store.held() if each.copied] == [0]
+    assert [each.piece.layer for each in keeper.store.held() if each.copied] == [1, 2, 3]
 
 
 async def test_no_incarnation_begins_while_pieces_are_given_up(

@@ -10,8 +10,9 @@ import pytest
 
 from pipelinejob_worker.agent.zygote import Zygote
 from pipelinejob_worker.errors import ConfigurationError
+from pipelinejob_worker.recovery.pages import POPULATED_BYTES
 from pipelinejob_worker.recovery.pieces import Piece
-from pipelinejob_worker.recovery.slots import PAGE, POPULATED_BYTES, SlotDamagedError, SlotMissingError, file_bytes
+from pipelinejob_worker.recovery.slots import PAGE, SlotDamagedError, SlotMissingError, file_bytes
 from tests.unit.worker.recovery.snapshots import FIRST, SECOND, bytes_of, content, filled, held, store_in, write
 from tests.unit.worker.recovery.test_zygote import ENVIRONMENT
 
@@ -144,6 +145,44 @@ def test_a_file_that_the_other_process_has_made_anew_is_seen(memory: Path) -> No
     worker.reserve({Piece(0): 1000}, copied=False)
     write(worker, held(0, 1, SECOND))
     assert bytes_of(agent, held(0, 1)) == content(held(0, 1, SECOND))
+
+
+def test_a_copy_that_is_adopted_is_an_own_piece_in_the_same_memory(memory: Path) -> None:
+    older, newer = held(0, 1, copied=True), held(0, 2, SECOND, copied=True)
+    store = filled(memory, held(0, 1), older, newer)
+    before = inodes(memory)
+    store.adopt(newer)
+    assert store.held() == [held(0, 1), held(0, 2, SECOND), older]
+    assert bytes_of(store, held(0, 2, SECOND)) == content(newer)
+    assert inodes(memory) < before, "it has replaced a slot"
+    write(store, held(0, 3))
+    assert store.held() == [held(0, 2, SECOND), held(0, 3), older], "it counts as what begin has filled"
+
+
+def test_of_an_adopted_copy_the_other_process_sees_the_new_file(memory: Path) -> None:
+    worker, agent = filled(memory, held(0, 1), held(0, 2), held(0, 3, copied=True)), store_in(memory)
+    assert bytes_of(worker, held(0, 1)) == content(held(0, 1))
+    agent.adopt(held(0, 3, copied=True))
+    assert bytes_of(worker, held(0, 3)) == content(held(0, 3))
+    write(worker, held(0, 4))
+    assert agent.held() == [held(0, 3), held(0, 4)]
+
+
+def test_what_is_not_held_as_a_copy_or_is_damaged_or_own_already_is_not_adopted(memory: Path) -> None:
+    store = filled(memory, held(0, 1), held(0, 1, copied=True), held(1, 1, copied=True))
+    for missing in (held(0, 2, copied=True), held(1, 1, SECOND, copied=True), held(2, 1, copied=True)):
+        with pytest.raises(SlotMissingError, match="is not held"):
+            store.adopt(missing)
+    with pytest.raises(ValueError, match="is held already"):
+        store.adopt(held(0, 1, copied=True))
+    store.read(Piece(1), 1, copied=True)[0][500] ^= 1
+    with pytest.raises(SlotDamagedError, match="the checksum is wrong"):
+        store.adopt(held(1, 1, copied=True))
+    assert store.held() == [held(0, 1), held(0, 1, copied=True)]
+
+
+def inodes(memory: Path) -> set[int]:
+    return {path.stat().st_ino for path in memory.iterdir()}
 
 
 async def test_a_kill_at_any_moment_leaves_a_whole_step_of_which_nothing_is_torn(memory: Path) -> None:

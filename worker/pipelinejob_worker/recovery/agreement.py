@@ -51,6 +51,14 @@ def agree(inventories: Mapping[int, Iterable[Held]], lineage: Lineage) -> tuple[
     return None
 
 
+def held_twice(holdings: Iterable[Holding]) -> bool:
+    """Whether no single rank's loss takes anything of this step away, so that older steps are of no use any more."""
+    ranks: dict[Piece, set[int]] = defaultdict(set)
+    for holding in holdings:
+        ranks[holding.held.piece].add(holding.rank)
+    return all(len(holders) > 1 for holders in ranks.values())
+
+
 def assign(holdings: Sequence[Holding], needs: Mapping[int, Collection[int]]) -> dict[int, list[Fetch]]:
     """Return what each rank has to fetch so that it owns all shares of the layers that it needs.
 

@@ -25,7 +25,7 @@ from pipelinejob_worker.recovery.requests import (
     Reserve,
     Sized,
 )
-from pipelinejob_worker.recovery.slots import SlotDamagedError, SlotMissingError, SlotStore
+from pipelinejob_worker.recovery.slots import SlotDamagedError, SlotMissingError, SlotStore, Useless
 from pipelinejob_worker.recovery.transport import (
     STALL_SECONDS,
     Address,
@@ -102,10 +102,12 @@ class PieceClient:
         incarnation: Incarnation,
         fetches: Sequence[Fetch],
         *,
+        useless: Useless = lambda place, step: False,
         connections: int = 2,
     ) -> None:
         """Make all these pieces own ones; those that this rank holds as copies do not travel.
 
+        ``useless`` slots are used again: new memory takes as long to come as what is moved into it.
         Raises TransferError, or ConfigurationError when there is no room for them.
         """
         adopted = [fetch.held for fetch in fetches if fetch.source == self._rank and fetch.sole]
@@ -116,6 +118,7 @@ class PieceClient:
                 by_source[fetch.source].append(fetch.held)
         sizes = {held.piece: held.size for held in chain(duplicated, *by_source.values())}
         # One slot is enough to recover; the worker has the other made while it computes.
+        await in_thread(self._store.recycle, sizes, useless)
         await asyncio.to_thread(self._store.reserve, sizes, copied=False, slots=1)
         transfers: list[Coroutine[None, None, None]] = [
             asyncio.to_thread(

@@ -7,13 +7,13 @@ from pathlib import Path
 import structlog
 
 from pipelinejob_worker.recovery import memory
-from pipelinejob_worker.recovery.agreement import assign
+from pipelinejob_worker.recovery.agreement import assign, held_twice
 from pipelinejob_worker.recovery.copies import PieceClient, in_thread
 from pipelinejob_worker.recovery.cut import Cut
 from pipelinejob_worker.recovery.messages import FAILURES_TOLD, Join, Plan
 from pipelinejob_worker.recovery.piece_server import PieceServer
 from pipelinejob_worker.recovery.pieces import Held, Incarnation
-from pipelinejob_worker.recovery.slots import SlotStore
+from pipelinejob_worker.recovery.slots import Place, SlotStore
 from pipelinejob_worker.recovery.transport import Address, TransferError
 
 log = structlog.get_logger()
@@ -145,9 +145,16 @@ class Keeper:
         Raises TransferError, and ConfigurationError when there is no room.
         """
         assert self._plan
-        self._layers = set(needs[self._rank])
-        fetches = assign(self._plan.holdings, needs)[self._rank]
-        await self._client.fetch(dict(enumerate(self._plan.addresses)), self._plan.incarnation, fetches)
+        plan, layers = self._plan, set(needs[self._rank])
+        self._layers, twice = layers, held_twice(plan.holdings)
+
+        def useless(place: Place, step: int | None) -> bool:
+            wanted = place.piece in self._server.reserved if place.copied else place.piece.layer in layers
+            return not wanted and (step is None or (twice and step < (plan.step or 0)))
+
+        fetches = assign(plan.holdings, needs)[self._rank]
+        addresses = dict(enumerate(plan.addresses))
+        await self._client.fetch(addresses, plan.incarnation, fetches, useless=useless)
 
     def protect(self, step: int) -> None:
         """The worker has a valid snapshot of ``step``: have it guarded, in the background, until that is done.

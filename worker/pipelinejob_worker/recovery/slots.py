@@ -16,6 +16,7 @@ import os
 import shutil
 import struct
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -59,6 +60,10 @@ class Place(NamedTuple):
     def name(self) -> str:
         """Name of the file."""
         return f"{'copy' if self.copied else 'own'}-{self.piece}.{self.slot}"
+
+
+Useless = Callable[[Place, int | None], bool]
+"""Whether a slot may be taken for another piece, given the step that it holds, None for a slot that is not valid."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,24 @@ class SlotStore:
             for place, size in self._unfit(sizes, copied, slots).items():
                 self._create(place, size)
 
+    def recycle(self, sizes: Mapping[Piece, int], useless: Useless) -> None:
+        """Have own slots, one for each piece, as far as ``useless`` ones of the same size are there to be taken.
+
+        Their pages come with them. Nobody may be writing to them.
+        """
+        with self._locked():
+            present = self._sizes()
+            free = defaultdict(list)
+            for place, size in present.items():
+                header = self._header(place)
+                if useless(place, header.step if header else None):
+                    free[size].append(place)
+            for place, size in _places_of(sizes, copied=False, slots=1).items():
+                if place not in present and free[size]:
+                    taken = free[size].pop()
+                    _VALID.pack_into(self._map(taken), _VALID_AT, 0)
+                    self._rename(taken, place)
+
     def populate(self, sizes: Mapping[Piece, int], *, copied: bool, slots: int = SLOTS) -> None:
         """Have all pages of slots that are there; they may be in use meanwhile. Raises SlotMissingError."""
         for memory in [self._map(place) for place in _places_of(sizes, copied, slots)]:
@@ -165,8 +188,7 @@ class SlotStore:
             if source is None:
                 raise _missing(held)
             target = self._next_place(held.model_copy(update={"copied": False}))
-            (self._directory / source.name).replace(self._directory / target.name)
-            self._forget(source.name)
+            self._rename(source, target)
 
     def held(self) -> list[Held]:
         """Return all valid slots, own ones first, by piece and step."""
@@ -305,6 +327,10 @@ class SlotStore:
             raise
         finally:
             os.close(descriptor)
+
+    def _rename(self, old: Place, new: Place) -> None:
+        (self._directory / old.name).replace(self._directory / new.name)
+        self._forget(old.name)
 
     def _map(self, place: Place) -> mmap.mmap:
         """The file's memory; mapped anew if the other process has made a new file of that name."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelinejob_worker.recovery.agreement import Fetch, Holding, agree, assign
+from pipelinejob_worker.recovery.agreement import Fetch, Holding, agree, assign, held_twice
 from pipelinejob_worker.recovery.pieces import Held, Incarnation, Lineage, Piece
 from pipelinejob_worker.recovery.placement import COPIES_PER_RANK, copy_holders
 
@@ -79,6 +79,13 @@ def test_whoever_alone_needs_a_layer_is_told_so() -> None:
     here = holdings([held(0, 5, layers=2), held(1, 5, layers=2)], [])
     fetches = assign(here, {0: [0], 1: [0, 1]})[1]
     assert {fetch.held.piece.layer: fetch.sole for fetch in fetches} == {0: False, 1: True}
+
+
+def test_a_step_is_held_twice_when_each_of_its_pieces_is_held_by_two_ranks() -> None:
+    own, copies = [held(0, 5), held(1, 5)], [held(1, 5, copied=True), held(0, 5, copied=True)]
+    assert held_twice(holdings([own[0], copies[0]], [own[1], copies[1]]))
+    assert not held_twice(holdings([own[0], copies[0]], [own[1]]))
+    assert not held_twice(holdings([own[0], copies[1]], [own[1], copies[0]])), "a rank's own copy is lost with it"
 
 
 def test_all_shares_of_a_layer_are_fetched() -> None:

@@ -145,6 +145,43 @@ async def test_layers_that_another_split_has_taken_from_a_rank_are_not_copied_fo
     assert [each.piece.layer for each in keeper.store.held() if each.copied] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("twice", [True, False])
+async def test_slots_of_former_layers_and_copies_are_used_again_once_their_step_is_of_no_use(
+    memory: Path, start: Start, twice: bool
+) -> None:
+    own = [held(layer, step) for layer in (0, 1) for step in (5, 6)]
+    copies = [held(3, step, copied=True) for step in (4, 5)]
+    filled(memory / "0", *own, *copies).close()
+    filled(memory / "1", held(2, 6), held(3, 6)).close()
+    keeper, other = start(0), start(1)
+    addresses = [Address("127.0.0.1", each.start("127.0.0.1")) for each in (keeper, other)]
+    here = [Holding(rank=rank, held=each) for rank, of in enumerate((keeper, other)) for each in of.store.held()]
+    newest = [holding for holding in here if holding.held.step == 6]
+    elsewhere = [Holding(rank=2, held=holding.held) for holding in newest] if twice else []
+    for each in (keeper, other):
+        await each.apply(plan(*addresses, NOWHERE, step=6, holdings=[*newest, *elsewhere]))
+    await keeper.fetch({0: [0, 2], 1: [1, 3], 2: []})
+    kept = keeper.store.held()
+    assert {held(0, 5), held(0, 6), held(1, 6), held(2, 6)} < set(kept)
+    older = [each for each in kept if each in (held(1, 5), *copies)]
+    assert len(older) == (2 if twice else 3), "older steps are what is left if this one is lost with a rank"
+
+
+async def test_a_slot_that_is_reserved_for_a_copy_is_not_used_for_another_piece(memory: Path, start: Start) -> None:
+    filled(memory / "0", held(0, 6)).close()
+    filled(memory / "1", held(1, 6)).close()
+    keeper, other = start(0), start(1)
+    addresses = [Address("127.0.0.1", each.start("127.0.0.1")) for each in (keeper, other)]
+    here = [Holding(rank=rank, held=each) for rank, of in enumerate((keeper, other)) for each in of.store.held()]
+    for each in (keeper, other):
+        await each.apply(plan(*addresses, step=6, holdings=here))
+    other.protect(6)
+    await until(lambda: bool(guarded[1]))
+    before = {path.name: path.stat().st_ino for path in (memory / "0").glob("copy-*")}
+    await keeper.fetch({0: [0, 1], 1: [1]})
+    assert {path.name: path.stat().st_ino for path in (memory / "0").glob("copy-*")} == before
+
+
 async def test_no_incarnation_begins_while_pieces_are_given_up(
     memory: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,6 +181,30 @@ def test_what_is_not_held_as_a_copy_or_is_damaged_or_own_already_is_not_adopted(
     assert store.held() == [held(0, 1), held(0, 1, copied=True)]
 
 
+def test_useless_slots_of_the_same_size_are_used_again_with_their_pages(memory: Path) -> None:
+    store = filled(memory, held(0, 1), held(0, 2), held(1, 1, copied=True), held(2, 1, size=9000, copied=True))
+    before, room = inodes(memory), store.used_bytes()
+    new = {Piece(4): 1000, Piece(5): 1000, Piece(6): 9000, Piece(7): 90_000}
+    store.recycle(new, lambda place, step: place.piece != Piece(1) and step != 2)
+    assert store.held() == [held(0, 2), held(1, 1, copied=True)], "what is not useless is as before"
+    assert store.used_bytes() == room
+    assert inodes(memory) == before, "no file is new"
+    write(store, held(4, 2))
+    write(store, held(6, 2, size=9000))
+    assert bytes_of(store, held(4, 2)) == content(held(4, 2))
+    for none_was_left in (held(5, 2), held(7, 2, size=90_000)):
+        with pytest.raises(SlotMissingError, match="no slot is reserved"):
+            write(store, none_was_left)
+    store.reserve(new, copied=False, slots=1)
+    assert {held(4, 2), held(6, 2, size=9000)} < set(store.held())
+
+
+def test_slots_that_are_there_are_not_made_of_others(memory: Path) -> None:
+    store = filled(memory, held(0, 1), held(1, 1))
+    store.recycle({Piece(0): 1000}, lambda place, step: place.piece == Piece(1))
+    assert store.held() == [held(0, 1), held(1, 1)]
+
+
 def inodes(memory: Path) -> set[int]:
     return {path.stat().st_ino for path in memory.iterdir()}
 

@@ -180,9 +180,8 @@ class SlotStore:
     def adopt(self, held: Held) -> None:
         """Make the copy ``held`` an own piece, in the slot that ``begin`` would take: its file gets that name.
 
-        Raises SlotMissingError and SlotDamagedError, and ValueError like ``begin``.
+        Whoever reads it verifies it. Raises SlotMissingError, and ValueError like ``begin``.
         """
-        self.read(held.piece, held.step, copied=True)[0].release()
         with self._locked():
             source = self._place(held)
             if source is None:

@@ -168,17 +168,24 @@ def test_of_an_adopted_copy_the_other_process_sees_the_new_file(memory: Path) ->
     assert agent.held() == [held(0, 3), held(0, 4)]
 
 
-def test_what_is_not_held_as_a_copy_or_is_damaged_or_own_already_is_not_adopted(memory: Path) -> None:
+def test_what_is_not_held_as_a_copy_or_is_own_already_is_not_adopted(memory: Path) -> None:
     store = filled(memory, held(0, 1), held(0, 1, copied=True), held(1, 1, copied=True))
+    before = store.held()
     for missing in (held(0, 2, copied=True), held(1, 1, SECOND, copied=True), held(2, 1, copied=True)):
         with pytest.raises(SlotMissingError, match="is not held"):
             store.adopt(missing)
     with pytest.raises(ValueError, match="is held already"):
         store.adopt(held(0, 1, copied=True))
-    store.read(Piece(1), 1, copied=True)[0][500] ^= 1
+    assert store.held() == before
+
+
+def test_damage_to_a_copy_is_found_when_it_is_read_as_an_own_piece(memory: Path) -> None:
+    store = filled(memory, held(0, 1, copied=True))
+    store.read(Piece(0), 1, copied=True)[0][500] ^= 1
+    store.adopt(held(0, 1, copied=True))
     with pytest.raises(SlotDamagedError, match="the checksum is wrong"):
-        store.adopt(held(1, 1, copied=True))
-    assert store.held() == [held(0, 1), held(0, 1, copied=True)]
+        store.read(Piece(0), 1, copied=False)
+    assert store.held() == []
 
 
 def test_useless_slots_of_the_same_size_are_used_again_with_their_pages(memory: Path) -> None:

@@ -110,6 +110,8 @@ class Pod:
     """The annotation; None where the pod lacks it."""
     gone_by: datetime | None = None
     """When the pod should be gone, once its deletion was asked for."""
+    without_grace: bool = False
+    """Whether it is to go at once: for a moment a list still has it."""
     disruption: str = ""
     """Reason of the condition DisruptionTarget: who evicted or preempted it."""
     ended: Ended | None = None
@@ -198,6 +200,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "nominated": status.get("nominatedNodeName", ""),
         "membership": meta.get("annotations", {}).get(MEMBERSHIP_ANNOTATION),
         "gone_by": parse_time(meta.get("deletionTimestamp")),
+        "without_grace": meta.get("deletionGracePeriodSeconds") == 0,
         "disruption": disruption.get("reason", "") if disruption.get("status") == "True" else "",
         "ended": Ended.read(state["terminated"]) if "terminated" in state else None,
         "restarting": conditions.get(RESTARTING_CONDITION, {}).get("status") == "True",

@@ -37,6 +37,7 @@ FINAL: dict[int, Reason] = {
 """Exit codes with which an agent says that another try cannot help."""
 
 NODE_LOST, POD_LOST, DELETED = "NodeLost", "PodLost", "Deleted"
+_AT_ONCE = "the pod is gone; somebody deleted it at once"
 
 QUICK = timedelta(seconds=60)
 """New pods of one stage that follow each other within this time, and the back-off itself, without a step in between
@@ -98,7 +99,11 @@ def setback(place: Place, pod: StagePod | None, before: StageStatus, look: Look)
 def _gone(place: Place, before: StageStatus, look: Look) -> Setback | None:
     if not before.pod:
         return None
-    lost = Failure(place, before.node, before.pod, 0, POD_LOST, "the pod is gone; somebody deleted it at once")
+    return _deleted_at_once(Failure(place, before.node, before.pod, 0, POD_LOST, _AT_ONCE), look)
+
+
+def _deleted_at_once(lost: Failure, look: Look) -> Setback:
+    """Nothing was handed over, and its node may not have heard of it."""
     return Setback(Rung.POD, lost, look.now, fence=True)
 
 
@@ -109,7 +114,8 @@ def _of_pod(pod: StagePod, before: StageStatus, look: Look) -> Setback | None:
         lost = _told(pod, NODE_LOST, f"node {pod.node} does not answer")
         return Setback(Rung.POD, lost, look.now, fence=True)
     if pod.terminating:
-        return _asked_to_leave(pod, look)
+        lost = _told(pod, POD_LOST, _AT_ONCE)
+        return _deleted_at_once(lost, look) if pod.without_grace else _asked_to_leave(pod, look)
     if met := rules.about_node(look.rules, pod.node, look.node_conditions):
         rule, kind = met
         failure = _told(pod, kind, f"node {pod.node} has the condition {kind} (rule {rule.name})")

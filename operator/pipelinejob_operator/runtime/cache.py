@@ -170,6 +170,7 @@ def trim(pod: Manifest) -> Manifest:
         "labels",
         "ownerReferences",
         "deletionTimestamp",
+        "deletionGracePeriodSeconds",
         "finalizers",
     )
     annotations = {key: value for key, value in meta.get("annotations", {}).items() if key in KEPT_ANNOTATIONS}

@@ -1,5 +1,6 @@
 """The ladder, as tables: what ends, who answers it, and what it counts as."""
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipelinejob_operator.policy import avoidance, recovery, rules, shapes
 from pipelinejob_operator.policy.facts import StagePod
 from pipelinejob_operator.policy.reasons import Reason
 from pipelinejob_operator.policy.recovery import Look, Rung
+from pipelinejob_operator.runtime.cache import trim
 from pipelinejob_worker.protocol import ExitCode, FailureRecord
 from tests.unit.operator.builders import NOW, ended, leaving, manifest, place, pod, seconds
 
@@ -27,6 +29,14 @@ def of(some: StagePod | None, before: StageStatus = WAS, **look: Any) -> tuple[s
     return found and (found.rung.name, found.failure.reason, found.counts, found.fence)
 
 
+@pytest.mark.parametrize(("grace", "without"), [(0, True), (30, False)])
+def test_the_cache_keeps_whether_a_deletion_leaves_time(grace: int, without: bool) -> None:
+    labels = {"pipelinejob.dev/stage": "1", "pipelinejob.dev/stages": "2", "pipelinejob.dev/attempt": "0"}
+    deletion = {"deletionTimestamp": "2026-01-01T12:00:00Z", "deletionGracePeriodSeconds": grace}
+    read = StagePod.read(trim({"metadata": {"name": "tiny-s1-a0", "uid": "u", "labels": labels, **deletion}}))
+    assert (read.terminating, read.without_grace) == (True, without)
+
+
 DEAD = frozenset({"node-1"})
 
 
@@ -36,7 +46,19 @@ DEAD = frozenset({"node-1"})
         pytest.param(pod(1), {}, None, id="a pod that is well"),
         pytest.param(ended(1, 0), {}, None, id="a stage that has succeeded"),
         pytest.param(None, {}, ("POD", "PodLost", True, True), id="a pod that is gone at once may live on unseen"),
+        pytest.param(
+            replace(leaving(pod(1)), without_grace=True),
+            {},
+            ("POD", "PodLost", True, True),
+            id="a pod that is deleted at once is lost, also while a list still has it",
+        ),
         pytest.param(leaving(pod(1)), {}, ("POD", "Deleted", False, False), id="a deleted pod hands over"),
+        pytest.param(
+            replace(leaving(ended(1, ExitCode.DRAINED)), without_grace=True),
+            {},
+            ("POD", "Deleted", False, False),
+            id="a pod that has handed over, and which its kubelet removes",
+        ),
         pytest.param(
             leaving(pod(1, disruption="EvictionByEvictionAPI")),
             {},
